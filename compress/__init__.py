@@ -1,0 +1,56 @@
+"""Makes transformers models smaller and faster, and proves what it cost.
+
+    import compress
+    report = compress.run("recipe.yaml")              # everything, as the command line does it
+    result = compress.GPTQ(bits=4)(model, calibration=texts, tokenizer=tokenizer)
+    model = compress.load("runs/recipe")              # runs from packed weights
+
+Names are imported when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.errors import CompressError as CompressError
+    from compress.loading import load as load
+    from compress.comparing import benchmark as benchmark
+    from compress.passes.gptq import GPTQ as GPTQ
+    from compress.passes.magnitude import Magnitude as Magnitude
+    from compress.passes.rtn import RTN as RTN
+    from compress.passes.wanda import Wanda as Wanda
+    from compress.pipeline import run as run
+    from compress.planning import plan as plan
+    from compress.recipe import Recipe as Recipe
+    from compress.reports.report import Report as Report
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "CompressError": "compress.errors",
+    "GPTQ": "compress.passes.gptq",
+    "Magnitude": "compress.passes.magnitude",
+    "RTN": "compress.passes.rtn",
+    "Recipe": "compress.recipe",
+    "Report": "compress.reports.report",
+    "Wanda": "compress.passes.wanda",
+    "benchmark": "compress.comparing",
+    "load": "compress.loading",
+    "plan": "compress.planning",
+    "run": "compress.pipeline",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'compress' has no attribute '{name}'")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,56 @@
+"""`compress doctor`: what this machine has, and what that means here."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from compress import __version__
+
+_PACKAGES = ("torch", "transformers", "compressed-tensors", "accelerate", "evaluate", "peft", "bitsandbytes")
+
+
+def findings() -> list[str]:
+    """One sentence a line."""
+    memory = psutil.virtual_memory()
+    disk = shutil.disk_usage(Path.cwd())
+    lines = [
+        f"compress {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"CPU: {_cpu()}, {psutil.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads",
+        f"Memory: {memory.available / 1e9:.1f} GB available of {memory.total / 1e9:.1f} GB",
+        f"Disk: {disk.free / 1e9:.1f} GB free here",
+        _gpu(),
+        "Packed layers run through the torch kernel: each layer is dequantized as it is called.",
+    ]
+    lines += [f"{package}: {_version(package)}" for package in _PACKAGES]
+    return lines
+
+
+def _cpu() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or "unknown"
+    name = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "unknown")
+    flags = next((line.split(":", 1)[1].split() for line in info.splitlines() if line.startswith("flags")), [])
+    known = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
+    return f"{name} ({', '.join(known) or 'no vector extensions known here'})"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "GPU: none that torch sees; everything runs on the CPU"
+    properties = torch.cuda.get_device_properties(0)
+    return f"GPU: {properties.name}, {properties.total_memory / 1e9:.1f} GB"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,106 @@
+"""What a checkpoint format is, and what there is to write."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint import TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from compress.maths.grid import QuantSpec
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A model to be written: its tensors one at a time, and what belongs beside them.
+
+    `tensors` announces every tensor by its name in the model's state dict, tied ones once; `read(name)` is called once
+    per tensor, in that order, so memory stays at the largest tensor if `read` keeps nothing. Tensors of quantized
+    layers are those of `QuantLinear`; `quantization` has the spec of each such layer by its name in the model.
+    """
+
+    config: PretrainedConfig
+    architecture: str
+    dtype: torch.dtype
+    tensors: Sequence[TensorSpec]
+    read: Callable[[str], Tensor]
+    quantization: Mapping[str, QuantSpec] = field(default_factory=dict)
+    generation_config: GenerationConfig | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    history: Sequence[Mapping[str, Any]] = ()
+    card: str = ""
+
+    @classmethod
+    def of_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
+        card: str = "",
+    ) -> Contents:
+        """The contents of a model that is in memory."""
+        from compress.nn.quant_linear import QuantLinear
+
+        tied = set(model.all_tied_weights_keys)
+        state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
+        return cls(
+            config=model.config,
+            architecture=type(model).__name__,
+            dtype=model.dtype,
+            tensors=[TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()],
+            read=state.__getitem__,
+            quantization={name: m.spec for name, m in model.named_modules() if isinstance(m, QuantLinear)},
+            generation_config=model.generation_config if model.can_generate() else None,
+            tokenizer=tokenizer,
+            history=history,
+            card=card,
+        )
+
+
+class Format(ABC):
+    """A way to store a model that others read. Stateless; registered by name in `registry.FORMATS`."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
+        """One sentence on why this model cannot be held, or None. Needs no weights.
+
+        `dtype` is the model's, `kinds` what `layer_kinds` says, `specs` the quantized layers by name.
+        """
+
+    @abstractmethod
+    def write(self, folder: Path, contents: Contents) -> None:
+        """Write everything into `folder`, which exists and is empty. `write_model_folder` makes that atomic."""
+
+
+def layer_kinds(model: nn.Module) -> dict[str, str]:
+    """The kind of each layer that could be quantized, "Linear" or "Conv1D" (GPT-2's), by its name in the model.
+
+    Packed layers count as what they replaced. The model may be on the meta device.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    from compress.nn.quant_linear import QuantLinear
+
+    kinds = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            kinds[name] = "Conv1D" if module.transposed else "Linear"
+        elif isinstance(module, nn.Linear | Conv1D):
+            kinds[name] = "Conv1D" if isinstance(module, Conv1D) else "Linear"
+    return kinds
+
+
+def of_kind(kind: str, kinds: Mapping[str, str], names: Iterable[str]) -> list[str]:
+    """Those of `names` that are layers of this kind."""
+    return [name for name in names if kinds.get(name) == kind]

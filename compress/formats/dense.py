@@ -1,0 +1,95 @@
+"""Plain float weights, which everything reads. Quantized layers are written rounded, but not packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from compress.checkpoint import TensorSpec, write_checkpoint
+from compress.formats.base import Contents, Format, layer_kinds
+from compress.formats.folder import write_ordinary_files
+from compress.maths.grid import QuantSpec
+from compress.nn.quant_linear import QuantLinear, packed_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Dense(Format):
+    """One float tensor per weight, in the dtype of the model."""
+
+    name = "dense"
+
+    def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
+        return None
+
+    def write(self, folder: Path, contents: Contents) -> None:
+        from compress.loading import skeleton
+
+        model = skeleton(contents.config, contents.dtype, contents.architecture)
+        write_checkpoint(folder, *_published(model, *_expanded(model, contents)))
+        write_ordinary_files(folder, contents, self.name)
+
+
+Tensors = tuple[list[TensorSpec], Callable[[str], Tensor]]
+
+
+def _expanded(model: PreTrainedModel, contents: Contents) -> Tensors:
+    """The tensors as they are without packing, and how to read them."""
+    kinds = layer_kinds(model)
+    tensors: list[TensorSpec] = []
+    layers: dict[str, str] = {}
+    for spec in contents.tensors:
+        layer, _, last = spec.name.rpartition(".")
+        if layer not in contents.quantization or last == "bias":
+            tensors.append(spec)
+        elif last == "weight_packed":
+            layers[f"{layer}.weight"] = layer
+            shape = tuple(model.get_submodule(layer).get_parameter("weight").shape)
+            tensors.append(TensorSpec(f"{layer}.weight", contents.dtype, shape))
+
+    def read(name: str) -> Tensor:
+        if name not in layers:
+            return contents.read(name)
+        layer = layers[name]
+        spec = contents.quantization[layer]
+        packed = QuantLinear.like(model.get_submodule(layer), spec)
+        for part in packed_tensors(packed.in_features, packed.out_features, spec):
+            packed.register_buffer(part, contents.read(f"{layer}.{part}"))
+        weight = packed.dequantize(contents.dtype)
+        return weight.t().contiguous() if kinds[layer] == "Conv1D" else weight
+
+    return tensors, read
+
+
+def _published(model: PreTrainedModel, tensors: list[TensorSpec], read: Callable[[str], Tensor]) -> Tensors:
+    """The same tensors by the names their family is published under, as other programs expect them.
+
+    transformers merges some tensors as it loads them (Mixtral's experts into one). Each is split again on its own, so
+    that memory stays at the largest. Where that cannot be done tensor by tensor, they keep transformers' names.
+    """
+
+    def original(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return revert_weight_conversion(model, tensors)  # type: ignore[no-any-return]
+
+    stubs = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in tensors}
+    parts = {name: original({name: stub}) for name, stub in stubs.items()}
+    single = {name: stub for part in parts.values() for name, stub in part.items()}
+    whole = original(stubs)
+    if {name: stub.shape for name, stub in single.items()} != {name: stub.shape for name, stub in whole.items()}:
+        return tensors, read
+    owner = {name: source for source, part in parts.items() for name in part}
+    pending: dict[str, Tensor] = {}
+
+    def read_part(name: str) -> Tensor:
+        if name not in pending:
+            pending.clear()
+            pending.update(original({owner[name]: read(owner[name])}))
+        return pending.pop(name)
+
+    return [TensorSpec(name, stub.dtype, tuple(stub.shape)) for name, stub in single.items()], read_part

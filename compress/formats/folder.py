@@ -1,0 +1,139 @@
+"""Writing an ordinary Hugging Face folder: config, weights, tokenizer, card, history; all of it or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint import atomic_write_text, disk_errors, sync_folder
+from compress.errors import StartError
+from compress.formats.base import Contents, Format, layer_kinds
+
+HISTORY = "compress.json"
+SCHEMA_VERSION = 1
+
+
+def write_model_folder(folder: str | os.PathLike[str], contents: Contents, format: str | Format | None = None) -> Path:
+    """Write a model as `folder`, in the named format (default: `default_format`), replacing what was there.
+
+    The work happens in `<folder>.partial`, which gets its name at the end. `StartError` if the format cannot hold it.
+    """
+    folder = Path(folder)
+    form = format if isinstance(format, Format) else _named(format or default_format(contents))
+    reason = form.refuses(contents.dtype, _kinds(contents), contents.quantization)
+    if reason:
+        raise StartError(f"{folder}: {reason}")
+    partial = folder.with_name(folder.name + ".partial")
+    with disk_errors(folder):
+        _remove(partial)
+        partial.mkdir(parents=True)
+        form.write(partial, contents)
+        sync_folder(partial)
+        replace_folder(partial, folder)
+    return folder
+
+
+def default_format(contents: Contents) -> str:
+    """Dense without quantized layers; else compressed-tensors, unless its layers can only be held unpacked.
+
+    What compressed-tensors refuses for another reason than its layers' kind is an error of `write_model_folder`.
+    """
+    if not contents.quantization:
+        return "dense"
+    kinds = _kinds(contents)
+    return "dense" if any(kinds.get(name) == "Conv1D" for name in contents.quantization) else "compressed-tensors"
+
+
+def packed_export_note(contents: Contents) -> str | None:
+    """The sentence for the report where the model folder is not packed and `exports/packed` is needed, or None."""
+    if not contents.quantization or default_format(contents) != "dense":
+        return None
+    return (
+        "The quantized layers are Conv1D, which no common format holds packed: model/ has the rounded weights "
+        "unpacked, exports/packed has them packed, and compress.load runs from those."
+    )
+
+
+def write_ordinary_files(
+    folder: Path,
+    contents: Contents,
+    format: str,
+    quantization_config: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Everything of a Hugging Face folder but the weights. `about` is added to compress.json."""
+    _write_json(folder / "config.json", _config(contents, quantization_config))
+    if contents.generation_config is not None:
+        atomic_write_text(folder / "generation_config.json", contents.generation_config.to_json_string(use_diff=True))
+    if contents.tokenizer is not None:
+        contents.tokenizer.save_pretrained(str(folder))
+    if contents.card:
+        atomic_write_text(folder / "README.md", contents.card)
+    history = [dict(entry) for entry in contents.history]
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "format": format,
+        "history": history,
+        "versions": _versions(),
+        **(about or {}),
+    }
+    _write_json(folder / HISTORY, about)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Give the folder `new` the name of `old`; what has that name is removed."""
+    aside = old.with_name(old.name + ".old")
+    _remove(aside)
+    if old.exists():
+        old.rename(aside)
+    new.rename(old)
+    sync_folder(old.parent)
+    _remove(aside)
+
+
+def _config(contents: Contents, quantization_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    config = deepcopy(contents.config)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, name):
+            delattr(config, name)
+    config.dtype = contents.dtype
+    config.architectures = [contents.architecture]
+    data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    if quantization_config is not None:
+        data["quantization_config"] = dict(quantization_config)
+    return data
+
+
+def _kinds(contents: Contents) -> dict[str, str]:
+    from compress.loading import skeleton
+
+    return (
+        layer_kinds(skeleton(contents.config, contents.dtype, contents.architecture)) if contents.quantization else {}
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "compressed-tensors")}
+
+
+def _named(name: str) -> Format:
+    from compress.registry import FORMATS
+
+    form: Format = FORMATS.get(name)()
+    return form
+
+
+def _write_json(path: Path, value: Any) -> None:
+    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,201 @@
+"""Opening a model folder, packed ones included, without ever holding the expanded model.
+
+`load` builds the architecture without weights, puts `QuantLinear` where the folder holds packed weights, and assigns
+the stored tensors one at a time. transformers' own quantizer, which expands the model at the first forward, takes no
+part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from compress.checkpoint import TensorSource
+from compress.errors import CompressError, StartError, nearest
+from compress.formats import packed
+from compress.formats.compressed_tensors import read_specs
+from compress.formats.folder import HISTORY
+from compress.maths.grid import QuantSpec
+from compress.nn.quant_linear import QuantLinear
+
+
+def load(
+    folder: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model in `folder` (what a run left, `DIR` or `DIR/model`, or any Hugging Face folder), ready to run.
+
+    Packed weights stay packed while it runs. `dtype` (default: the one stored) is that of everything that is not
+    packed, and of the arithmetic. Where a run could only store its model unpacked, its `exports/packed` is read.
+    `StartError` for a folder that is no model; `CompressError`, with the names, where the tensors do not fit.
+    """
+    folder = find_model(Path(folder))
+    config = _config(folder)
+    cls = model_class(config)
+    dtype = dtype or stored_dtype(config)
+    quantized = getattr(config, "quantization_config", None)
+    own = packed.is_packed(folder)
+    if quantized is not None:
+        del config.quantization_config
+    if own or quantized is not None:
+        source = TensorSource(folder, packed.STEM if own else "model")
+        model = skeleton(config, dtype)
+        _place(model, source, packed.read_specs(folder) if own else read_specs(quantized, model), torch.device(device))
+    else:
+        model = _load_dense(folder, cls, config, dtype)
+    model.to(torch.device(device))
+    if quantized is not None:  # so that save_pretrained writes a folder that can be read again
+        model.config.quantization_config = quantized
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    history: Any = _read_json(folder / HISTORY).get("history", [])
+    model.compress_history = history
+    return model.requires_grad_(False).eval()
+
+
+def find_model(folder: Path) -> Path:
+    """Where the model is that `load` reads: `folder` itself, its `model`, or the run's `exports/packed`."""
+    if not folder.is_dir():
+        raise StartError(f"{folder}: there is no such folder.")
+    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    if not (folder / "config.json").is_file():
+        raise StartError(f"{folder} has no config.json (nor has its subfolder model), so it is not a model folder.")
+    beside = folder.absolute().parent / "exports" / "packed"
+    if folder.absolute().name == "model" and packed.is_packed(beside):
+        same = [_read_json(place / HISTORY).get("history") for place in (folder, beside)]
+        if same[0] == same[1] and "quantization_config" not in _read_json(folder / "config.json"):
+            return beside
+    return folder
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype, architecture: str | None = None) -> PreTrainedModel:
+    """The model of `config` with no weights (all on the meta device); `architecture` overrides the config's.
+
+    Buffers that no checkpoint stores, as rotary tables are, hold their values: those `from_pretrained` would give them.
+    """
+    cls = model_class(config, architecture)
+    config = deepcopy(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, last = name.rpartition(".")
+        model.get_submodule(path)._buffers[last] = torch.empty_like(buffer, device="cpu")
+    for module in model.modules():
+        # The parameters are on meta, where initialising them costs and does nothing: only those buffers are filled
+        module._is_hf_initialized = False
+    model.initialize_weights()
+    return model.requires_grad_(False).eval()
+
+
+def model_class(config: PretrainedConfig, architecture: str | None = None) -> type[PreTrainedModel]:
+    """The transformers class `architecture`, or else the one that `config.architectures` names, or else the language
+    model or base model of the config. `StartError` if transformers does not have it."""
+    names = [architecture] if architecture else getattr(config, "architectures", None) or []
+    if not names:
+        for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+            if type(config) in auto._model_mapping:
+                found: type[PreTrainedModel] = auto._model_mapping[type(config)]
+                return found
+        raise StartError(
+            f"config.json names no architecture, and transformers has no model for {type(config).__name__}."
+        )
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        known = [name for name in dir(transformers) if "For" in name or name.endswith("Model")]
+        raise StartError(
+            f"config.json names the architecture {names[0]}, which transformers {transformers.__version__} does not "
+            f"have.{nearest(names[0], known)} Code that a folder brings along is never run."
+        )
+    return cls
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype a config states; float32 where it states none."""
+    stated = getattr(config, "dtype", None)
+    if isinstance(stated, str):
+        stated = getattr(torch, stated, None)
+    return stated if isinstance(stated, torch.dtype) else torch.float32
+
+
+def _place(model: PreTrainedModel, source: TensorSource, specs: dict[str, QuantSpec], device: torch.device) -> None:
+    """Swap in packed layers, then move every tensor from the files to its place, one at a time."""
+    for name, spec in specs.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise CompressError(
+                f"{source.folder}: {type(model).__name__} has no layer {name}, which is said to be packed."
+            ) from None
+        model.set_submodule(name, QuantLinear.like(old, _with_scale_dtype(spec, source, name)))
+    tied = set(model.all_tied_weights_keys)
+    wanted = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
+    missing = sorted(set(wanted) - set(source.names()))
+    unexpected = sorted(set(source.names()) - set(wanted) - tied)
+    if missing or unexpected:
+        said = [f"missing: {', '.join(missing[:5])}"] if missing else []
+        said += [f"not expected: {', '.join(unexpected[:5])}"] if unexpected else []
+        raise CompressError(f"{source.folder}: the tensors do not fit {type(model).__name__} ({'; '.join(said)}).")
+    for name, old in wanted.items():
+        info = source.info(name)
+        if info.shape != tuple(old.shape):
+            raise CompressError(
+                f"{source.folder}: {name} has the shape {list(info.shape)}, expected {list(old.shape)}."
+            )
+        path, _, last = name.rpartition(".")
+        parent = model.get_submodule(path)
+        tensor = source.read(name)
+        keep = (isinstance(parent, QuantLinear) and last != "bias") or not tensor.is_floating_point()
+        tensor = tensor.to(device, tensor.dtype if keep else old.dtype)
+        if isinstance(old, nn.Parameter):
+            parent._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            parent._buffers[last] = tensor
+    model.tie_weights()
+
+
+def _load_dense(
+    folder: Path, cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    TensorSource(folder)  # refuses pickled and damaged files, with our words
+    model, info = cls.from_pretrained(
+        folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:5])
+        raise CompressError(f"{folder}: the tensors do not fit {cls.__name__} (missing: {names}).")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _with_scale_dtype(spec: QuantSpec, source: TensorSource, layer: str) -> QuantSpec:
+    """The spec with the dtype in which the file holds the layer's scales."""
+    name = f"{layer}.weight_scale"
+    if name not in source:
+        raise CompressError(f"{source.folder}: {name} is missing, though {layer} is said to be packed.")
+    return replace(spec, scale_dtype=str(source.info(name).dtype).removeprefix("torch."))
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise StartError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no such file or it is damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

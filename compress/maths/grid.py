@@ -1,0 +1,210 @@
+"""Integer grids: from a float weight to codes, scales and zero points, and back.
+
+A weight is `[out, in]`. Each row is cut into groups of `group_size` neighbouring columns; a group has one scale and,
+when asymmetric, one zero point. Codes are signed integers `-2**(bits-1) .. 2**(bits-1)-1`, and
+
+    weight  ~  (code - zero) * scale
+
+This is the convention of the compressed-tensors format, so that what is computed here is what a checkpoint holds. A scale is
+rounded to the dtype it is stored in *before* codes are chosen: the codes then fit the scale that a reader will see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import CompressError, StartError
+
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# A layer is worked on a few rows at a time: temporaries stay in the processor's cache, and small beside the layer.
+CHUNK_ELEMENTS = 1 << 18
+
+# Scales tried by the search, as fractions of the one that covers the whole range of a group.
+SHRINK_FACTORS = tuple(1.0 - 0.02 * step for step in range(36))
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a weight is rounded. `group_size` -1 means one group per row ("per channel")."""
+
+    bits: int
+    group_size: int = -1
+    symmetric: bool = True
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise StartError(f"bits is {self.bits}: 2 to 8 can be used")
+        if self.group_size != -1 and self.group_size < 1:
+            raise StartError(f"group_size is {self.group_size}: use a size of at least 1, or -1 for one scale per channel")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise StartError(f"scale_dtype is {self.scale_dtype!r}: one of {', '.join(SCALE_DTYPES)} can be used")
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        return SCALE_DTYPES[self.scale_dtype]
+
+    def columns_per_group(self, columns: int) -> int:
+        """Columns that share a scale, in a layer with this many; StartError if the groups do not come out even."""
+        if self.group_size == -1:
+            return columns
+        if columns % self.group_size:
+            sizes = [size for size in range(2, columns + 1) if columns % size == 0]
+            raise StartError(
+                f"group_size {self.group_size} does not divide the {columns} columns of the layer; "
+                f"sizes that do: {', '.join(map(str, sizes))}, or -1 for one scale per channel"
+            )
+        return self.group_size
+
+    def groups(self, columns: int) -> int:
+        """Groups in each row of a layer with this many columns."""
+        return columns // self.columns_per_group(columns)
+
+
+def spec_for(layer_dtype: torch.dtype, bits: int, group_size: int, symmetric: bool) -> QuantSpec:
+    """The grid for a layer of this dtype: scales are bfloat16 in a bfloat16 model, float16 in any other.
+
+    A bfloat16 model may hold weights that float16 cannot; float16 scales are 8 times finer where they fit.
+    """
+    scale_dtype = "bfloat16" if layer_dtype == torch.bfloat16 else "float16"
+    return QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype to calculate in: float32, or float64 for a float64 weight."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def find_params(
+    weight: Tensor, spec: QuantSpec, search: bool = False, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale `[out, groups]` (in the spec's scale dtype) and zero point `[out, groups]` (int8; None when symmetric).
+
+    Without `search` the grid covers the group: symmetric `scale = max|w| / ((2**bits - 1) / 2)`; asymmetric
+    `scale = (max - min) / (2**bits - 1)` with 0 inside the range, `zero = round(qmin - min / scale)`. With it, smaller
+    ranges are tried as well and the one with the least `sum(importance * (w - rounded)**2)` per group is kept
+    (`importance` is `[in]`, for instance the diagonal of a Hessian; all ones if None).
+
+    A group of zeros gets scale 1 and zero 0. A scale too small for its dtype becomes the smallest number that it holds;
+    one too large, or a weight that is not finite, is a CompressError. Groups that do not divide: StartError.
+    """
+    rows, columns = weight.shape
+    size = spec.columns_per_group(columns)
+    scale = torch.empty(rows, columns // size, dtype=spec.torch_scale_dtype, device=weight.device)
+    zero = None if spec.symmetric else torch.empty_like(scale, dtype=torch.int8)
+    if importance is not None:
+        importance = importance.to(compute_dtype(weight)).view(columns // size, size)
+    for part in _row_chunks(rows, columns):
+        grouped = weight[part].to(compute_dtype(weight)).unflatten(1, (-1, size))
+        low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
+        found = _search(grouped, low, high, spec, importance) if search else _cover(low, high, spec)
+        scale[part] = found[0].to(spec.torch_scale_dtype)
+        if zero is not None:
+            zero[part] = found[1].to(torch.int8)
+    return scale, zero
+
+
+def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Codes, int8 `[out, in]`: the nearest point of each weight's grid (halves go to the even one)."""
+    rows, columns = weight.shape
+    size = spec.columns_per_group(columns)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    dtype = compute_dtype(weight)
+    for part in _row_chunks(rows, columns):
+        grouped = weight[part].to(dtype).unflatten(1, (-1, size))
+        offset = None if zero is None else zero[part].to(dtype)
+        codes[part] = _round(grouped, scale[part].to(dtype), offset, spec).flatten(1).to(torch.int8)
+    return codes
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """Weight `[out, in]` of `dtype`: `(code - zero) * scale`, every step in `dtype`, as compressed-tensors does it."""
+    grouped = codes.unflatten(1, (-1, spec.columns_per_group(codes.shape[1]))).to(dtype)
+    if zero is not None:
+        grouped -= zero.to(dtype).unsqueeze(2)
+    return grouped.mul_(scale.to(dtype).unsqueeze(2)).flatten(1)
+
+
+def storable(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale as its dtype will hold it (same dtype as given); see `find_params` for the ends of the range."""
+    limits = torch.finfo(spec.torch_scale_dtype)
+    if not bool((scale <= limits.max).all()):
+        if not bool(scale.isfinite().all()):
+            raise CompressError("the weight holds NaN or infinite values")
+        raise CompressError(
+            f"a scale of {float(scale.max()):.4g} does not fit {spec.scale_dtype}, which ends at {limits.max:.4g}: "
+            "the weight holds values too large to be stored so; load the model in bfloat16"
+        )
+    # float16 is used down to its smallest subnormal: an 8-bit grid for weights below 0.008 lies there already.
+    smallest = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)
+    return scale.clamp(min=smallest).to(spec.torch_scale_dtype).to(scale.dtype)
+
+
+def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, CHUNK_ELEMENTS // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _cover(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero (both float, shaped like `low`) of the grid from `low` <= 0 to `high` >= 0."""
+    steps = 2**spec.bits - 1
+    if spec.symmetric:
+        scale = torch.maximum(-low, high) / (steps / 2)
+        return storable(scale.masked_fill(scale == 0, 1.0), spec), torch.zeros_like(scale)
+    scale = (high - low) / steps
+    scale = storable(scale.masked_fill(scale == 0, 1.0), spec)
+    return scale, (spec.qmin - low / scale).round_().clamp_(spec.qmin, spec.qmax).masked_fill_(low == high, 0.0)
+
+
+def _round(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Codes as floats, `[rows, groups, size]`. The zero point, a whole number, is added after rounding: that is exact."""
+    codes = (grouped / scale.unsqueeze(2)).round_()
+    if zero is not None:
+        codes += zero.unsqueeze(2)
+    return codes.clamp_(spec.qmin, spec.qmax)
+
+
+def _error(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, importance: Tensor | None) -> Tensor:
+    """Weighted squared error of rounding, `[rows, groups]`."""
+    rounded = _round(grouped, scale, zero, spec)
+    if zero is not None:
+        rounded -= zero.unsqueeze(2)
+    error = rounded.mul_(scale.unsqueeze(2)).sub_(grouped).square_()
+    if importance is not None:
+        error *= importance
+    return error.sum(2)
+
+
+def _search(
+    grouped: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The least-error grid among shrunk ones. Asymmetric: both ends by one factor, then each end alone from there."""
+    best_scale, best_zero = _cover(low, high, spec)
+    best = _error(grouped, best_scale, None if spec.symmetric else best_zero, spec, importance)
+    best_low, best_high = low, high
+    rounds = ("both",) if spec.symmetric else ("both", "low", "high")
+    for moved in rounds:
+        start_low, start_high = best_low, best_high
+        for factor in SHRINK_FACTORS[1:]:
+            try_low = start_low if moved == "high" else start_low * factor
+            try_high = start_high if moved == "low" else start_high * factor
+            scale, zero = _cover(try_low, try_high, spec)
+            error = _error(grouped, scale, None if spec.symmetric else zero, spec, importance)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+            best_low, best_high = torch.where(better, try_low, best_low), torch.where(better, try_high, best_high)
+    return best_scale, best_zero

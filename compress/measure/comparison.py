@@ -1,0 +1,144 @@
+"""Compressed against original, metric by metric: the difference, its interval, and a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from compress.measure import statistics
+from compress.measure.measurements import Measurements
+from compress.measure.statistics import Interval, Verdict
+from compress.reports.report import Comparison, Figure
+from compress.reports.units import human, number
+
+#: Readings of peak memory of one model vary by about this share from run to run (repeated readings here: 0.5 %).
+MEMORY_NOISE = 0.02
+#: Differences per token below this are float32 rounding of the log-softmax.
+KL_NOISE = 1e-6
+
+
+def original_figures(original: Measurements, compressed: Measurements) -> dict[str, Figure]:
+    """The original's figures, its speeds as they were taken in turn with the compressed model's."""
+    return {**original.figures, **compressed.beside_figures}
+
+
+def compare(original: Measurements, compressed: Measurements, *, seed: int = 0) -> dict[str, Comparison]:
+    """A Comparison for every metric of either model. Deterministic for a seed."""
+    base = original_figures(original, compressed)
+    found = {}
+    for name in dict.fromkeys([*base, *compressed.figures]):
+        a, b = base.get(name), compressed.figures.get(name)
+        if a is None or b is None or a.value is None or b.value is None:
+            found[name] = Comparison(sentence=_why_null(a, b))
+            continue
+        found[name] = _compared(name, a, b, original, compressed, seed)
+    return found
+
+
+def _why_null(a: Figure | None, b: Figure | None) -> str:
+    reason = next((f.reason for f in (b, a) if f is not None and f.reason), None)
+    return f"not measured: {reason}" if reason else "not measured"
+
+
+def _compared(
+    name: str, a: Figure, b: Figure, original: Measurements, compressed: Measurements, seed: int
+) -> Comparison:
+    assert a.value is not None
+    assert b.value is not None
+    delta = b.value - a.value
+    ratio = b.value / a.value if a.value else None
+    higher = bool(a.higher_is_better)
+    interval, words = _interval(name, original, compressed, seed)
+    if interval is None:
+        return _single(name, a, delta, ratio)
+    verdict = statistics.verdict(interval, higher)
+    if name == "kl_divergence" and abs(delta) < KL_NOISE:
+        verdict = "no_difference"
+    sentence = _sentence(verdict, delta, interval, a.unit, words)
+    if name in ("kl_divergence", "top1_agreement") and verdict in ("better", "worse"):
+        sentence = _fidelity(name, b, interval, delta)
+    return Comparison(
+        delta=delta, ratio=ratio, ci_low=interval.low, ci_high=interval.high, verdict=verdict, sentence=sentence
+    )
+
+
+def _interval(name: str, original: Measurements, compressed: Measurements, seed: int) -> tuple[Interval | None, str]:
+    """The interval of the difference and what it rests on; None for what is measured once or exact."""
+    base, _, area = name.partition("/")
+    a, b = original.records, compressed.records
+    if base == "perplexity":
+        found = statistics.perplexity_difference(a["nll"], b["nll"], b["tokens"], seed=seed)
+        return found, f"{found.n} windows"
+    if base in ("kl_divergence", "top1_agreement"):
+        key, shift = ("kl", 0.0) if base == "kl_divergence" else ("top1", 1.0)
+        found = statistics.ratio_interval(b[key], b["tokens"], seed=seed)
+        if found.low is None or found.high is None:
+            return found, ""
+        return Interval(found.low - shift, found.high - shift, found.n), f"{found.n} windows"
+    if base == "accuracy":
+        pairs = _areas(a, b)
+        found = statistics.areas_difference({area: pairs[area]} if area else pairs, seed=seed)
+        return found, f"{found.n} items"
+    if name in compressed.beside and name in b:
+        found = statistics.median_difference(compressed.beside[name], b[name])
+        return found, f"{found.n} rounds"
+    return None, ""
+
+
+def _areas(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    areas, before, after = np.asarray(a["area"]), np.asarray(a["correct"], float), np.asarray(b["correct"], float)
+    return {str(area): (before[areas == area], after[areas == area]) for area in dict.fromkeys(a["area"])}
+
+
+def _sentence(verdict: Verdict, delta: float, interval: Interval, unit: str, words: str) -> str:
+    if interval.low is None or interval.high is None:
+        return f"not tested: {interval.reason}"
+    show = _shower(unit)
+    if verdict == "no_difference":
+        return f"no measurable difference at {words} (95 % interval {show(interval.low)} to {show(interval.high)})"
+    low, high = sorted((abs(interval.low), abs(interval.high)))
+    suffix = {"fraction": " points", "tokens/s": " tok/s", "perplexity": "", "": ""}.get(unit, f" {unit}")
+    return f"{verdict} by {show(abs(delta))}{suffix} (95 % interval {show(low)} to {show(high)})"
+
+
+def _shower(unit: str) -> Callable[[float], str]:
+    if unit == "fraction":
+        return lambda value: f"{100 * value:.1f}"
+    return number
+
+
+def _fidelity(name: str, b: Figure, interval: Interval, delta: float) -> str:
+    assert b.value is not None
+    assert interval.low is not None
+    assert interval.high is not None
+    low, high = interval.low - delta + b.value, interval.high - delta + b.value
+    if name == "kl_divergence":
+        return f"{number(b.value)} nats per token away (95 % interval {number(low)} to {number(high)})"
+    return f"same choice at {100 * b.value:.1f} % of tokens (95 % interval {100 * low:.1f} to {100 * high:.1f})"
+
+
+def _single(name: str, a: Figure, delta: float, ratio: float | None) -> Comparison:
+    """What has no interval: exact figures, and peak memory, read once for each model."""
+    higher, known = bool(a.higher_is_better), a.higher_is_better is not None
+    read_once = name == "peak_memory_bytes"
+    same = delta == 0 or (read_once and ratio is not None and abs(ratio - 1) <= MEMORY_NOISE)
+    verdict: Verdict = "no_difference" if same else "better" if (delta > 0) == higher else "worse"
+    if read_once:
+        how = "one reading each, which vary by up to 2 %"
+        sentence = f"{_size(delta, ratio, a.unit)} ({how})"
+    else:
+        sentence = "the same" if same else _size(delta, ratio, a.unit)
+    return Comparison(delta=delta, ratio=ratio, verdict=verdict if known else "not_tested", sentence=sentence)
+
+
+def _size(delta: float, ratio: float | None, unit: str) -> str:
+    if delta == 0:
+        return "the same"
+    word = "less" if delta < 0 else "more"
+    if ratio is None or ratio <= 0:
+        return f"{human(abs(delta), unit)} {word}"
+    if ratio <= 0.67:
+        return f"{number(round(1 / ratio, 2))} times smaller"
+    return f"{number(round(100 * abs(ratio - 1), 1))} % {word} ({human(abs(delta), unit)})"

@@ -1,0 +1,89 @@
+"""What to measure, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.registry import METRICS
+from compress.reports.report import Figure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """What is timed: prompt lengths and new tokens (cut to what the context holds), warm-up and rounds."""
+
+    prompt: int = 512
+    decode_prompt: int = 32
+    new_tokens: int = 64
+    rounds: int = 7
+    warmup: int = 1
+
+    def fitted(self, context: int | None) -> SpeedSettings:
+        """The same within a context of so many tokens: at most half of it is generated."""
+        if context is None:
+            return self
+        new = max(2, min(self.new_tokens, context // 2))
+        return SpeedSettings(
+            prompt=max(1, min(self.prompt, context - 1)),
+            decode_prompt=max(1, min(self.decode_prompt, context - new)),
+            new_tokens=new,
+            rounds=self.rounds,
+            warmup=self.warmup,
+        )
+
+
+@dataclass(frozen=True)
+class BenchmarkJob:
+    """What to measure, and on what.
+
+    `windows`: int64 [n, length] evaluation tokens (None: `windows_reason` says why there are none); `mask`: bool
+    [n, length], False where padded. `items`: area -> items. `metrics`: names, or None for all that can be measured.
+    `dtype` is the one the original is loaded in; a compressed folder states its own.
+    """
+
+    windows: Tensor | None = None
+    windows_reason: str = "no evaluation text was given (data.evaluation)"
+    mask: Tensor | None = None
+    items: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    metrics: tuple[str, ...] | None = None
+    prompts: tuple[str, ...] = ()
+    device: str = "cpu"
+    threads: int = 1
+    dtype: str = "auto"
+    seed: int = 0
+    speed: SpeedSettings = SpeedSettings()
+
+    def wants(self, need: str) -> bool:
+        """Whether a wanted metric needs this (`text`, `items`, `reference`, `speed`, `memory`, `files`)."""
+        return any(need in METRICS.get(name).needs for name in self.names())
+
+    def names(self) -> list[str]:
+        """The wanted metrics as the registry names them (`accuracy/facts` is measured as `accuracy`)."""
+        if self.metrics is None:
+            return METRICS.names()
+        return list(dict.fromkeys(name.split("/")[0] for name in self.metrics))
+
+
+@dataclass
+class Measurements:
+    """One model's figures, and the records per item that they rest on (for paired differences).
+
+    `beside` holds records of the original taken in turn with this model's: speeds are compared with those.
+    """
+
+    model: str
+    folder: Path
+    figures: dict[str, Figure] = field(default_factory=dict)
+    records: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
+    beside_figures: dict[str, Figure] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    runtimes: dict[str, str] = field(default_factory=dict)
+    generations: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)

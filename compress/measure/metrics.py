@@ -1,0 +1,237 @@
+"""The metrics, as `evaluate.Metric` subclasses that need no network, no hub script and no cache folder.
+
+Each is computed from what was recorded per item (window, question, round, file), so that standard errors and paired
+differences can be had from the same record. `predictions` and `references` name the records a metric reads; a
+metric of someone else, registered under the entry point group `compress.metrics`, declares the same class variables.
+
+Importing this module imports `evaluate` (seconds): the registry does so only when a metric is used.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, ClassVar
+
+import datasets
+import evaluate
+import numpy as np
+from numpy.typing import NDArray
+
+Values = list[float]
+
+
+class RecordedMetric(evaluate.Metric):  # type: ignore[misc]
+    """A metric computed in memory from records.
+
+    `needs` says what must be at hand to measure it: `text` (evaluation windows), `items`, `reference` (the original
+    model, token by token), `speed`, `memory`, `files`. `predictions` and `references` are the names of the records
+    given as such to `compute`, which returns `{"value", "stderr", "n"}` and perhaps `detail`.
+    """
+
+    metric: ClassVar[str]
+    unit: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    needs: ClassVar[frozenset[str]]
+    predictions: ClassVar[str]
+    references: ClassVar[str | None] = None
+    #: Dtypes of one prediction and one reference, as `datasets` names them.
+    kinds: ClassVar[tuple[str, str]] = ("float64", "float64")
+    #: The value the original has by definition (it is compared with itself), if any.
+    of_original: ClassVar[float | None] = None
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"keep_in_memory": True, "experiment_id": "compress", "seed": 0, **options})
+
+    def _build_data_dir(self) -> str:
+        # The parent class makes this folder; everything stays in memory here, so none is wanted.
+        return os.path.join(str(self._data_dir_root), self.name, self.config_name)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.Value(self.kinds[0])}
+        if self.references is not None:
+            features["references"] = datasets.Value(self.kinds[1])
+        return evaluate.MetricInfo(
+            description=self.__doc__ or "",
+            citation="",
+            inputs_description=f"predictions: {self.predictions}; references: {self.references}",
+            features=datasets.Features(features),
+        )
+
+
+def _ratio(top: Values, bottom: Values) -> tuple[float, float | None, int]:
+    """sum(top) / sum(bottom), its standard error over the items (linearised), and the number of items."""
+    a, b = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
+    n, total = len(a), b.sum()
+    if n == 0 or total <= 0:
+        return math.nan, None, n
+    value = float(a.sum() / total)
+    if n < 2:
+        return value, None, n
+    residual = a - value * b
+    return value, float(math.sqrt(n / (n - 1) * float((residual**2).sum())) / total), n
+
+
+class Perplexity(RecordedMetric):
+    """exp of the mean negative log-likelihood in nats over all scored tokens (each window's first is not scored)."""
+
+    metric, unit, higher_is_better = "perplexity", "perplexity", False
+    needs = frozenset({"text"})
+    predictions, references = "nll", "tokens"
+
+    def _compute(self, predictions: Values, references: Values) -> dict[str, Any]:
+        mean, stderr, n = _ratio(predictions, references)
+        try:
+            value = math.exp(mean)
+        except OverflowError:
+            value = math.inf
+        detail = {"nats_per_token": mean, "tokens": int(np.sum(references))}
+        return {"value": value, "stderr": None if stderr is None else value * stderr, "n": n, "detail": detail}
+
+
+class KLDivergence(RecordedMetric):
+    """Mean over tokens of KL(original || compressed) between next-token distributions, in nats."""
+
+    metric, unit, higher_is_better = "kl_divergence", "nats/token", False
+    needs = frozenset({"text", "reference"})
+    predictions, references = "kl", "tokens"
+    of_original = 0.0
+
+    def _compute(self, predictions: Values, references: Values) -> dict[str, Any]:
+        value, stderr, n = _ratio(predictions, references)
+        return {"value": value, "stderr": stderr, "n": n}
+
+
+class Top1Agreement(RecordedMetric):
+    """Share of tokens at which original and compressed model hold the same next token most likely."""
+
+    metric, unit, higher_is_better = "top1_agreement", "fraction", True
+    needs = frozenset({"text", "reference"})
+    predictions, references = "top1", "tokens"
+    of_original = 1.0
+
+    def _compute(self, predictions: Values, references: Values) -> dict[str, Any]:
+        value, stderr, n = _ratio(predictions, references)
+        return {"value": value, "stderr": stderr, "n": n}
+
+
+class Accuracy(RecordedMetric):
+    """Unweighted mean over areas of the share of items answered right. `predictions`: 0 or 1 an item; `references`:
+    the item's area. `detail["areas"]` holds value, stderr and n of each area."""
+
+    metric, unit, higher_is_better = "accuracy", "fraction", True
+    needs = frozenset({"items"})
+    predictions, references = "correct", "area"
+    kinds = ("int64", "string")
+
+    def _compute(self, predictions: list[int], references: list[str]) -> dict[str, Any]:
+        right, area = np.asarray(predictions, dtype=np.float64), np.asarray(references)
+        areas = {str(name): _share(right[area == name]) for name in sorted(set(references))}
+        if not areas:
+            return {"value": math.nan, "stderr": None, "n": 0}
+        errors = [entry["stderr"] for entry in areas.values()]
+        known = all(error is not None for error in errors)
+        return {
+            "value": float(np.mean([entry["value"] for entry in areas.values()])),
+            "stderr": math.sqrt(sum(e**2 for e in errors)) / len(areas) if known else None,
+            "n": len(right),
+            "detail": {"areas": areas},
+        }
+
+
+def _share(right: NDArray[np.float64]) -> dict[str, Any]:
+    n, value = len(right), float(right.mean())
+    return {"value": value, "stderr": math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None, "n": n}
+
+
+class _Total(RecordedMetric):
+    """The sum of one record, exact."""
+
+    kinds = ("int64", "int64")
+
+    def _compute(self, predictions: list[int]) -> dict[str, Any]:
+        return {"value": int(np.sum(predictions)), "stderr": None, "n": None}
+
+
+class WeightsBytes(_Total):
+    """Bytes of all `*.safetensors` files of the folder."""
+
+    metric, unit, higher_is_better = "weights_bytes", "B", False
+    needs = frozenset({"files"})
+    predictions = "file_bytes"
+
+
+class Parameters(_Total):
+    """Weights of the model, tied ones once, packed ones as many as they stand for."""
+
+    metric, unit, higher_is_better = "parameters", "weights", False
+    needs = frozenset({"files"})
+    predictions = "parameters"
+
+
+class BitsPerWeight(RecordedMetric):
+    """8 x weights_bytes / the original's parameters."""
+
+    metric, unit, higher_is_better = "bits_per_weight", "bits", False
+    needs = frozenset({"files"})
+    predictions, references = "total_bytes", "original_parameters"
+    kinds = ("int64", "int64")
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, Any]:
+        parameters = int(np.sum(references))
+        value = 8 * int(np.sum(predictions)) / parameters if parameters else math.nan
+        return {"value": value, "stderr": None, "n": None}
+
+
+class PeakMemoryBytes(RecordedMetric):
+    """Peak memory of a fresh process that loads the model and generates: resident memory, or CUDA's allocator."""
+
+    metric, unit, higher_is_better = "peak_memory_bytes", "B", False
+    needs = frozenset({"memory"})
+    predictions = "peak_memory_bytes"
+    kinds = ("int64", "int64")
+
+    def _compute(self, predictions: list[int]) -> dict[str, Any]:
+        return {"value": int(np.max(predictions)), "stderr": None, "n": len(predictions)}
+
+
+class _Median(RecordedMetric):
+    """The median over rounds, with its standard error (that of a normal sample's median) and the spread."""
+
+    needs = frozenset({"speed"})
+
+    def _compute(self, predictions: Values, references: Values | None = None) -> dict[str, Any]:
+        rounds = np.asarray(predictions, dtype=np.float64)
+        n = len(rounds)
+        error = 1.2533 * float(rounds.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+        low, high = (float(edge) for edge in np.percentile(rounds, [25, 75]))
+        detail = {"quartiles": [low, high], "least": float(rounds.min()), "most": float(rounds.max())}
+        return {"value": float(np.median(rounds)), "stderr": error, "n": n, "detail": detail}
+
+
+class PrefillTokensPerSecond(_Median):
+    """Prompt tokens read per second at batch 1."""
+
+    metric, unit, higher_is_better = "prefill_tokens_per_second", "tokens/s", True
+    predictions = "prefill_tokens_per_second"
+
+
+class DecodeTokensPerSecond(_Median):
+    """Tokens generated per second at batch 1, after the first."""
+
+    metric, unit, higher_is_better = "decode_tokens_per_second", "tokens/s", True
+    predictions = "decode_tokens_per_second"
+
+
+class FirstTokenSeconds(_Median):
+    """Seconds from the prompt to the first generated token."""
+
+    metric, unit, higher_is_better = "first_token_seconds", "s", False
+    predictions = "first_token_seconds"
+
+
+class EnergyJoulesPerToken(_Median):
+    """Joules of the processor package per generated token, from its own counter."""
+
+    metric, unit, higher_is_better = "energy_joules_per_token", "J/token", False
+    predictions = "energy_joules_per_token"

@@ -1,0 +1,363 @@
+"""The model under compression: its blocks, one at a time, and what was done to them.
+
+Two residencies, one interface. `memory`: the whole model is loaded and changed where it stands. `disk`: only what is
+outside the blocks is loaded; a block's tensors are read from the safetensors files when its turn comes, and leave
+memory with the next step, so that peak memory is one block and not the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from compress.checkpoint import TensorSource, TensorSpec
+from compress.errors import CompressError, StartError
+from compress.formats.base import Contents
+from compress.nn.quant_linear import QuantLinear
+from compress.passes.base import selected
+
+if TYPE_CHECKING:
+    from compress.maths.grid import QuantSpec
+    from compress.passes.base import Pass
+
+QuantSpecs = dict[str, "QuantSpec"]
+
+
+class Layer:
+    """One matrix inside a block that passes can change: a Linear, or GPT-2's Conv1D (its transpose)."""
+
+    def __init__(self, block: Block | None, name: str, module: nn.Module):
+        self.block, self.name, self.module = block, name, module
+        self.transposed = isinstance(module, Conv1D)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [out, in] in the model's dtype: a view of the parameter, not a copy."""
+        weight = self.module.weight.detach()
+        return weight.T if self.transposed else weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.weight.dtype
+
+    def set_weight(self, weight: torch.Tensor) -> None:
+        """Writes `weight` [out, in], cast to the layer's dtype, into the parameter."""
+        self.weight.copy_(weight)
+
+    def quantize(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec
+    ) -> None:
+        """Makes this a quantized layer: `codes` int8 [out, in], `scale` [out, groups], `zero` int8 [out, groups].
+
+        Until the block is sealed the dense module stays, holding the dequantized weight, because the calibration
+        still runs through it many times and unpacking each time would cost more than the matmul.
+        """
+        packed = QuantLinear.from_codes(
+            codes, scale, zero, spec, bias=self.module.bias, dtype=self.dtype, transposed=self.transposed
+        )
+        self.set_weight(packed.dequantize(self.dtype))
+        assert self.block is not None
+        self.block.pending[self.name] = packed
+
+
+class Block:
+    """One transformer block. `index` counts from 0 inside its stack; `name` is its path in the model."""
+
+    def __init__(self, stack: Stack, index: int):
+        self.stack, self.index = stack, index
+        self.name = f"{stack.name}.{index}"
+        self.pending: dict[str, QuantLinear] = {}
+        self.sparse = False
+
+    @property
+    def module(self) -> nn.Module:
+        return self.stack.modules[self.index]
+
+    def layers(
+        self, targets: Sequence[str] | None = None, skip: Sequence[str] = ()
+    ) -> dict[str, Layer]:
+        """The block's dense matrices by their name inside it: those that `targets` and `skip` (patterns) select."""
+        return {
+            name: Layer(self, name, module)
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and selected(name, targets, skip)
+        }
+
+    def quantized(self) -> QuantSpecs:
+        """The quantized layers' specs by their name inside the block."""
+        sealed = {n: m.spec for n, m in self.module.named_modules() if isinstance(m, QuantLinear)}
+        return sealed | {name: module.spec for name, module in self.pending.items()}
+
+    def seal(self) -> None:
+        """Puts the packed layers in the place of the dense ones."""
+        for name, packed in self.pending.items():
+            self.module.set_submodule(name, packed)
+        self.pending = {}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The block's tensors by their name inside it, as they are to be stored."""
+        return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor], quantized: QuantSpecs) -> None:
+        """Puts stored tensors (as `state` gave them) in place, packed layers included."""
+        for name, spec in quantized.items():
+            old = self.module.get_submodule(name)
+            if not isinstance(old, QuantLinear):
+                self.module.set_submodule(name, QuantLinear.like(old, spec))
+        place_tensors(self.module, tensors, self.name)
+
+    def matrix_weights(self) -> int:
+        """The number of weights in matrices of the block (packed ones counted as unpacked; biases, norms not)."""
+        packed = [m for m in self.module.modules() if isinstance(m, QuantLinear)]
+        plain = sum(p.numel() for p in self.module.parameters() if p.dim() >= 2)
+        return plain + sum(m.in_features * m.out_features for m in packed)
+
+
+class Stack:
+    """A list of blocks (`model.layers`), called one after the other."""
+
+    def __init__(self, name: str, modules: nn.ModuleList):
+        self.name, self.modules = name, modules
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The model's stacks of blocks: outermost module lists whose members are made of several layers each."""
+    stacks: list[Stack] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(stack.name + ".") for stack in stacks)
+        if isinstance(module, nn.ModuleList) and not inside and len(module) and _are_blocks(module):
+            stacks.append(Stack(name, module))
+    return stacks
+
+
+def _are_blocks(modules: nn.ModuleList) -> bool:
+    return all(
+        len(list(child.children())) > 1 and any(p.dim() >= 2 for p in child.parameters()) for child in modules
+    )
+
+
+def place_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Assigns `tensors` to the parameters and buffers of `module` without copying; all must be there, no others."""
+    missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
+    if missing or unexpected:
+        said = [f"missing: {', '.join(missing)}"] if missing else []
+        said += [f"not expected: {', '.join(unexpected)}"] if unexpected else []
+        raise CompressError(f"The tensors of {where} do not fit this architecture ({'; '.join(said)}).")
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+
+
+class _Stored(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class ModelHandle:
+    """The model being compressed. Made by `compress.opening.open_model`, or by `wrap` from a loaded model."""
+
+    def __init__(self, model: PreTrainedModel, source: TensorSource | None = None, device: str | torch.device = "cpu"):
+        self.model = model.eval()
+        self.source = source
+        self.device = torch.device(device)
+        self.stacks = find_stacks(model)
+        self.history: list[dict[str, Any]] = []
+        self.states: set[str] = {"dense"}
+        #: Where blocks were last written, when they are not in memory (a `Stage`).
+        self.latest: Any = None
+        self.live_blocks = 0
+        if not self.stacks:
+            raise StartError(
+                f"No stack of transformer blocks was found in {type(model).__name__}: it holds no module list whose "
+                "members have several layers each."
+            )
+
+    @classmethod
+    def wrap(cls, model: PreTrainedModel) -> ModelHandle:
+        """A handle on a model that is loaded already."""
+        handle = cls(model, device=str(next(model.parameters()).device))
+        if any(isinstance(module, QuantLinear) for module in model.modules()):
+            handle.states.add("quantized")
+        for entry in getattr(model, "compress_history", []):
+            handle.history.append(entry)
+            handle.states.add(entry["leaves"])
+        return handle
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def resident(self) -> bool:
+        """Whether the blocks are in memory all the time."""
+        return self.source is None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def context_length(self) -> int:
+        return context_length(self.config)
+
+    def block_list(self) -> list[Block]:
+        """All blocks, none of them loaded."""
+        return [Block(stack, index) for stack in self.stacks for index in range(len(stack))]
+
+    def blocks(self) -> Iterator[Block]:
+        """One block at a time, loaded when yielded and let go on the next step."""
+        for block in self.block_list():
+            with_tensors = self.load(block)
+            yield with_tensors
+            self.release(block)
+
+    def load(self, block: Block) -> Block:
+        """Brings a block's tensors into memory (from where they were last written)."""
+        block.sparse = "sparse" in self.states
+        if not self.resident:
+            self.live_blocks += 1
+            if self.latest is not None:
+                block.restore(*self.latest.read(block, self.device))
+            else:
+                place_tensors(block.module, self._read_original(block), block.name)
+        return block
+
+    def release(self, block: Block) -> None:
+        """Frees a block's tensors when the model is not kept in memory."""
+        if not self.resident:
+            _to_meta(block.module)
+            self.live_blocks -= 1
+
+    def _read_original(self, block: Block) -> dict[str, torch.Tensor]:
+        assert self.source is not None
+        dtype = self.dtype
+        tensors = {}
+        for name, old in block.module.state_dict().items():
+            tensor = self.source.read(self._checkpoint_name(f"{block.name}.{name}"))
+            tensors[name] = tensor.to(self.device, dtype if old.is_floating_point() else tensor.dtype)
+        return tensors
+
+    def read_outside(self) -> None:
+        """Reads what belongs to no block into memory (for a skeleton whose blocks stay on disk)."""
+        assert self.source is not None
+        for name, old in self.outside().items():
+            tensor = self.source.read(self._checkpoint_name(name))
+            tensor = tensor.to(self.device, old.dtype if old.is_floating_point() else tensor.dtype)
+            path, _, last = name.rpartition(".")
+            parent = self.model.get_submodule(path)
+            if last in parent._parameters:
+                parent._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                parent._buffers[last] = tensor
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for last in module._non_persistent_buffers_set:
+                buffer = module._buffers[last]
+                module._buffers[last] = buffer.to(self.device) if buffer is not None else None
+
+    def _checkpoint_name(self, name: str) -> str:
+        """The name of a tensor in the files: a checkpoint of the bare model lacks the prefix, or has one too many."""
+        assert self.source is not None
+        prefix = self.model.base_model_prefix + "."
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in self.source:
+                return candidate
+        raise StartError(
+            f"residency: disk reads tensors by their name, and the files have no {name} (transformers renames or "
+            "merges this family's tensors as it loads them). Use residency: memory."
+        )
+
+    def outside(self) -> dict[str, torch.Tensor]:
+        """The tensors that belong to no block, tied ones once, by their name in the model."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        prefixes = tuple(f"{block.name}." for block in self.block_list())
+        return {
+            name: tensor.detach()
+            for name, tensor in self.model.state_dict().items()
+            if name not in tied and not name.startswith(prefixes)
+        }
+
+    def contents(self, tokenizer: PreTrainedTokenizerBase | None = None, card: str = "") -> Contents:
+        """The model as it is to be written: its tensors, to be read one by one, and what belongs beside them."""
+        outside = self.outside()
+        readers: dict[str, Callable[[], torch.Tensor]] = {name: partial(_same, t) for name, t in outside.items()}
+        specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in outside.items()]
+        quantized: QuantSpecs = {}
+        for block in self.block_list():
+            state, in_block = self._stored_block(block)
+            for name, (dtype, shape, read) in state.items():
+                specs.append(TensorSpec(f"{block.name}.{name}", dtype, shape))
+                readers[f"{block.name}.{name}"] = read
+            quantized |= {f"{block.name}.{name}": spec for name, spec in in_block.items()}
+        return Contents(
+            config=self.config,
+            architecture=type(self.model).__name__,
+            dtype=self.dtype,
+            tensors=specs,
+            read=lambda name: readers[name](),
+            quantization=quantized,
+            generation_config=self.model.generation_config if self.model.can_generate() else None,
+            tokenizer=tokenizer,
+            history=self.history,
+            card=card,
+        )
+
+    def _stored_block(self, block: Block) -> tuple[dict[str, _Stored], QuantSpecs]:
+        if self.resident:
+            state = {n: _Stored(t.dtype, tuple(t.shape), partial(_same, t)) for n, t in block.state().items()}
+            return state, block.quantized()
+        if self.latest is None:
+            raise StartError("With residency: disk there is nothing to write before a pass has run.")
+        source = self.latest.source(block)
+        state = {name: _Stored(*source.info(name), partial(source.read, name)) for name in source.names()}
+        return state, self.latest.quantized(block)
+
+    def record(self, pass_: Pass) -> None:
+        """Adds a finished pass to the history that is stored with the model."""
+        from compress import __version__
+
+        entry = {"pass": pass_.name, "options": pass_.options(), "leaves": pass_.leaves, "version": __version__}
+        self.history.append(entry)
+        self.states.add(pass_.leaves)
+        self.model.compress_history = list(self.history)
+
+
+def _to_meta(module: nn.Module) -> None:
+    """Frees parameters and stored buffers; buffers that no file holds (rotary tables) have to stay."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                child._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                child._buffers[name] = buffer.to("meta")
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """The longest input in tokens that the model was made for (256 when its config does not say)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for field in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(text, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 256
+
+
+def model_folder(folder: Path) -> Path:
+    """`DIR` or `DIR/model`, whichever holds the model's config."""
+    inner = folder / "model"
+    return inner if not (folder / "config.json").exists() and (inner / "config.json").exists() else folder

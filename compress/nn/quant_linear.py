@@ -1,0 +1,192 @@
+"""A linear layer whose weight stays packed integers while it runs.
+
+Its buffers carry the names and layouts of compressed-tensors' `pack-quantized` format, so the state dict of a model
+with `QuantLinear` layers *is* the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from compress.maths import grid, packing
+from compress.maths.grid import QuantSpec
+from compress.nn import kernels
+
+_CHUNK_VALUES = 1 << 20  # values unpacked at once: intermediate integers stay at a few MB whatever the layer
+
+
+class QuantLinear(nn.Module):  # type: ignore[misc]
+    """y = x W^T + b with W = (codes - zero) * scale, W of shape [out, in] in codes of `spec.bits` bits.
+
+    Buffers, G groups per row: `weight_packed` int32 [out, ceil(in * bits / 32)], `weight_scale` [out, G],
+    `weight_zero_point` int32 [ceil(out * bits / 32), G] (asymmetric grids only), `weight_shape` int64 [2].
+    `transposed` records that the layer replaces transformers' `Conv1D`, which keeps its weight as [in, out].
+    `dtype` is the dtype of the layer replaced, which `weight` and the bias have.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_shape: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        transposed: bool = False,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.spec, self.dtype, self.transposed = spec, dtype, transposed
+        for name, (kind, shape) in packed_tensors(in_features, out_features, spec).items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+        if spec.symmetric:
+            self.register_buffer("weight_zero_point", None)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
+        self._cache: Tensor | None = None
+        self._caching = False
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
+        transposed: bool = False,
+    ) -> QuantLinear:
+        """A layer without content, by default on the meta device, for a checkpoint to fill."""
+        return cls(in_features, out_features, spec, bias, dtype, device, transposed)
+
+    @classmethod
+    def like(cls, module: nn.Module, spec: QuantSpec, device: torch.device | str = "meta") -> QuantLinear:
+        """An empty layer with the shape, bias and dtype of a `Linear`, a `Conv1D` or another `QuantLinear`."""
+        if isinstance(module, QuantLinear):
+            shape, dtype, transposed = (module.in_features, module.out_features), module.dtype, module.transposed
+        else:
+            transposed = not isinstance(module, nn.Linear)  # transformers' Conv1D: weight [in, out]
+            weight = module.get_parameter("weight")
+            rows, columns = weight.shape
+            shape, dtype = ((rows, columns) if transposed else (columns, rows)), weight.dtype
+        bias = getattr(module, "bias", None) is not None
+        return cls(*shape, spec, bias, dtype, device, transposed)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        spec: QuantSpec,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
+    ) -> QuantLinear:
+        """Pack int8 codes [out, in] (signed range of `spec`) with scale [out, G] and int8 zero [out, G].
+
+        The bias is kept by reference in `dtype`. `ValueError` where shapes and spec disagree.
+        """
+        out_features, in_features = codes.shape
+        shape = (out_features, spec.groups(in_features))
+        if tuple(scale.shape) != shape or (zero is not None and tuple(zero.shape) != shape):
+            raise ValueError(
+                f"codes {tuple(codes.shape)} need scale and zero of shape {shape}, not {tuple(scale.shape)}"
+            )
+        if (zero is None) != spec.symmetric:
+            raise ValueError("an asymmetric spec needs a zero, a symmetric one has none")
+        layer = cls(in_features, out_features, spec, False, dtype, "meta", transposed)
+        layer.weight_packed = packing.pack(codes, spec.bits)
+        layer.weight_scale = scale.detach().to(spec.torch_scale_dtype).contiguous()
+        layer.weight_shape = torch.tensor([out_features, in_features], device=codes.device)
+        if zero is not None:
+            layer.weight_zero_point = packing.pack_rows(zero, spec.bits)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        return layer
+
+    def codes(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(codes int8 [out, in], scale [out, G], zero int8 [out, G] or None): what `from_codes` was given."""
+        codes = packing.unpack(self.weight_packed, self.spec.bits, self.in_features)
+        return codes, self.weight_scale, self.zero_point()
+
+    def zero_point(self) -> Tensor | None:
+        """int8 [out, G], or None for a symmetric grid."""
+        if self.weight_zero_point is None:
+            return None
+        return packing.unpack_rows(self.weight_zero_point, self.spec.bits, self.out_features)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out, in] in `dtype` (default: the layer's), to the last bit what transformers makes of the file.
+
+        transformers loads scales of symmetric grids in the model's dtype and multiplies there; with asymmetric grids
+        it multiplies in the dtype of the stored scales, and casts the product.
+        """
+        dtype = dtype or self.dtype
+        compute = dtype if self.spec.symmetric else self.weight_scale.dtype
+        zero = self.zero_point()
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_packed.device)
+        step = max(1, _CHUNK_VALUES // max(1, self.in_features))
+        for start in range(0, self.out_features, step):
+            rows = slice(start, start + step)
+            codes = packing.unpack(self.weight_packed[rows], self.spec.bits, self.in_features)
+            zero_rows = None if zero is None else zero[rows]
+            weight[rows] = grid.dequantize(codes, self.weight_scale[rows], zero_rows, self.spec, compute)
+        return weight
+
+    def cache_weight(self, keep: bool) -> None:
+        """Whether the dequantized weight is kept between forwards; what was kept is dropped. See `kernels.cached`."""
+        self._caching, self._cache = keep, None
+
+    def cached_weight(self, dtype: torch.dtype) -> Tensor:
+        """`dequantize(dtype)`, or the kept result of it."""
+        if self._cache is not None and self._cache.dtype == dtype:
+            return self._cache
+        weight = self.dequantize(dtype)
+        if self._caching:
+            self._cache = weight
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, made anew at each access. [in, out] if the layer replaces a `Conv1D`."""
+        weight = self.dequantize()
+        return weight.t() if self.transposed else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], computed in the dtype of x."""
+        return kernels.choose(self, x)(self, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self._cache = None
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_packed.device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, spec={self.spec}"
+
+
+def packed_tensors(
+    in_features: int, out_features: int, spec: QuantSpec
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of the tensors that hold a weight [out, in]; a packed layer's size follows from them."""
+    groups = spec.groups(in_features)
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight_packed": (torch.int32, (out_features, -(-in_features * spec.bits // 32))),
+        "weight_scale": (spec.torch_scale_dtype, (out_features, groups)),
+    }
+    if not spec.symmetric:
+        tensors["weight_zero_point"] = (torch.int32, (-(-out_features * spec.bits // 32), groups))
+    tensors["weight_shape"] = (torch.int64, (2,))
+    return tensors

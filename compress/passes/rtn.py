@@ -1,0 +1,72 @@
+"""Round to nearest: every weight goes to the closest point of its group's grid. No data, no compensation.
+
+The baseline that each method with data has to beat, and at 8 bits usually all that is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from compress.maths.grid import QuantSpec, dequantize, find_params, quantize, spec_for
+from compress.passes.base import BlockPass
+
+
+def round_to_nearest(weight: Tensor, spec: QuantSpec, search: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes int8 `[out, in]`, scale `[out, groups]`, zero point int8 `[out, groups]` (None when symmetric).
+
+    >>> weight = torch.tensor([[1.5, -0.6, 0.2, 0.0]])
+    >>> codes, scale, zero = round_to_nearest(weight, QuantSpec(bits=2))
+    >>> scale.item(), codes.tolist()        # 1.5 / (3 / 2) = 1; -0.6 / 1 is nearest to -1; 1.5 is cut to the last code, 1
+    (1.0, [[1, -1, 0, 0]])
+    """
+    scale, zero = find_params(weight, spec, search=search)
+    return quantize(weight, scale, zero, spec), scale, zero
+
+
+def relative_weight_error(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> float:
+    """`|W - Q|**2 / |W|**2`, 0 for a weight of zeros."""
+    weight = weight.to(torch.float32)
+    size = float(weight.square().sum())
+    lost = float(dequantize(codes, scale, zero, spec, torch.float32).sub_(weight).square_().sum())
+    return lost / size if size else 0.0
+
+
+class RTN(BlockPass):
+    """Round weights to the nearest point of an integer grid, without data."""
+
+    name: ClassVar[str] = "rtn"
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
+    leaves: ClassVar[str] = "quantized"
+    needs_calibration: ClassVar[bool] = False
+
+    bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits of each weight.")
+    group_size: int = Field(
+        default=128, description="Neighbouring columns that share a scale; must divide the layer's columns. -1: per channel."
+    )
+    symmetric: bool = Field(
+        default=True, description="Grid around zero (scale only); false adds a zero point to each group."
+    )
+    search: bool = Field(
+        default=False, description="Try smaller ranges for each group and keep the one with the least squared error."
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _size(cls, value: int) -> int:
+        if value == -1 or value >= 1:
+            return value
+        raise ValueError(f"group_size is {value}: use a size of at least 1, or -1 for one scale per channel")
+
+    def compress_block(self, block: Any, calibration: Any) -> dict[str, Any]:
+        layers: dict[str, Any] = {}
+        for name, layer in block.layers(self.targets, self.skip).items():
+            spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)
+            weight = layer.weight
+            codes, scale, zero = round_to_nearest(weight, spec, self.search)
+            layers[name] = {"bits": self.bits, "loss": relative_weight_error(weight, codes, scale, zero, spec)}
+            layer.quantize(codes, scale, zero, spec)
+        return {"layers": layers}

@@ -1,0 +1,93 @@
+"""Wanda: prune by the size of a weight times the size of its input.
+
+Sun, Liu, Bair, Kolter: "A Simple and Effective Pruning Approach for Large Language Models", 2023, arXiv 2306.11695. The score of
+a weight is `|W_ij| * |X_j|_2`, and scores are compared within a row (one output): what falls out changes that output least,
+if inputs were uncorrelated.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compress.errors import CompressError
+from compress.maths.masks import keep_mask
+from compress.passes.base import BlockPass
+from compress.passes.magnitude import Pattern, Sparsity, one_target, pruned
+
+
+def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
+    """`|W| * norms`, float32 `[out, in]`; `norms` `[in]` are the l2 norms of the input's columns over all tokens.
+
+    >>> wanda_scores(torch.tensor([[-0.5, 2.0]]), torch.tensor([5.0, 1.0]))     # the larger weight matters less
+    tensor([[2.5000, 2.0000]])
+    """
+    return weight.float().abs() * norms
+
+
+class ColumnNorms:
+    """Sums of squares of a layer's input over tokens, per column, in float64."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu"):
+        self.count = 0
+        self._squares = torch.zeros(columns, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Take in tokens: `[..., columns]`, any float dtype."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self._squares += torch.linalg.vector_norm(x, dim=0).double().square().to(self._squares.device)
+        self.count += x.shape[0]
+
+    @property
+    def norms(self) -> Tensor:
+        """float32 `[columns]`."""
+        return self._squares.sqrt().float()
+
+
+class Wanda(BlockPass):
+    """Set the weights with the smallest magnitude times input norm to zero, row by row."""
+
+    name: ClassVar[str] = "wanda"
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
+    leaves: ClassVar[str] = "sparse"
+    needs_calibration: ClassVar[bool] = True
+
+    sparsity: Sparsity | None = Field(
+        default=None, description='Share of each row\'s weights to set to zero, 0.5 or "50%"; 0.5 if no pattern is given.'
+    )
+    pattern: Pattern | None = Field(
+        default=None, description='Instead of a share: "2:4" keeps 2 of every 4 neighbours in a row. Quote it.'
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_target(cls, options: Any) -> Any:
+        return one_target(options)
+
+    def compress_block(self, block: Any, calibration: Any) -> dict[str, Any]:
+        if calibration is None:
+            raise CompressError("wanda needs calibration text")
+        layers = block.layers(self.targets, self.skip)
+        report: dict[str, Any] = {}
+        for stage in calibration.stages(list(layers)):
+            first = layers[stage[0]].weight
+            inputs = ColumnNorms(first.shape[1], first.device)
+            calibration.observe({stage[0]: inputs.add})
+            for name in stage:
+                report[name] = self._prune(layers[name], inputs.norms if inputs.count else None)
+        for name in layers:
+            if name not in report:
+                report[name] = self._prune(layers[name], None)
+        return {"layers": report}
+
+    def _prune(self, layer: Any, norms: Tensor | None) -> dict[str, Any]:
+        """A layer that no token reached is pruned by magnitude alone, and says so."""
+        weight = layer.weight
+        scores = weight.float().abs() if norms is None else wanda_scores(weight, norms)
+        keep = keep_mask(weight, scores, self.sparsity, self.pattern, per="row")
+        weight, entry = pruned(weight, keep, scores)
+        layer.set_weight(weight)
+        return entry if norms is not None else {**entry, "fallback": "magnitude: no calibration token reached the layer"}

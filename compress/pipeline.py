@@ -1,0 +1,196 @@
+"""`compress run`: from a recipe to a smaller model and a report of what it cost."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.calibration import stream_outputs
+from compress.data import Windows
+from compress.formats.folder import default_format, packed_export_note, write_model_folder
+from compress.measure.benchmark import generations, measure_compressed, measure_original
+from compress.measure.comparison import compare, original_figures
+from compress.measure.environment import environment
+from compress.measure.goals import check_goals
+from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
+from compress.measure.verification import verify
+from compress.model import ModelHandle
+from compress.opening import check_weights, open_model
+from compress.passes.base import Context, Pass, PassResult
+from compress.preparation import Prepared, prepare
+from compress.progress import Progress
+from compress.recipe import Recipe
+from compress.reports.card import model_card
+from compress.reports.report import Report, Stage, Verified
+from compress.workspace import Workspace
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path, *, fresh: bool = False, progress: Progress | None = None
+) -> Report:
+    """Applies a recipe (a `Recipe`, its mapping, or the path of its file) and returns the report it wrote.
+
+    Continues where a killed run of the same recipe stopped; `fresh` starts over. Raises a `CompressError`, whose
+    message says what to do; a missed goal is no error (`report.goals_met`).
+    """
+    recipe = as_recipe(recipe)
+    progress = progress or Progress()
+    bare = resident_bytes()
+    ready = prepare(recipe, fresh=fresh)
+    if not fresh and (ready.output / "report.json").exists():
+        progress.note(f"{ready.output} is finished already; give --fresh to do it again.")
+        return Report.read(ready.output)
+    check_weights(ready.folder)
+    with Workspace.open(ready.output, recipe, ready.fingerprints, fresh) as work:
+        scratch = work.hidden / "measure"
+        original = None
+        if ready.job is not None:
+            original = measure_original(str(ready.folder), job=ready.job, workdir=scratch, progress=progress)
+        stages, verified, notes = _compress(recipe, ready, work, bare, progress)
+        report = _report(recipe, ready, stages, verified, notes)
+        if original is not None and ready.job is not None:
+            found = measure_compressed(
+                ready.output, str(ready.folder), original, job=ready.job, workdir=scratch, progress=progress
+            )
+            report.original = original_figures(original, found)
+            report.compressed = found.figures
+            report.comparison = compare(original, found, seed=recipe.seed)
+            report.generations = generations(ready.job, original, found)
+            report.goals = check_goals(_goals(recipe), report.original, report.compressed)
+            report.notes += [*original.notes, *found.notes]
+        report.write(ready.output)
+        work.remove_intermediate()
+    return report
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A `Recipe` from whatever describes one."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else Recipe.load(recipe)
+
+
+def _goals(recipe: Recipe) -> Mapping[str, Any]:
+    return {} if recipe.benchmark is False else recipe.benchmark.goals
+
+
+def _compress(
+    recipe: Recipe, ready: Prepared, work: Workspace, bare: int, progress: Progress
+) -> tuple[list[Stage], Verified, list[str]]:
+    """All passes, each continued where it was, then the export and its verification; nothing of the model stays."""
+    exported = work.hidden / "exported.json"
+    if exported.exists():
+        kept = work.once("exported", dict)
+        return [Stage(**stage) for stage in kept["stages"]], Verified(**kept["verified"]), kept["notes"]
+    forget_peak()
+    model = open_model(ready.folder, dtype=recipe.dtype, device=ready.device, residency=recipe.residency)
+    stages = []
+    for index, pass_ in enumerate(recipe.passes):
+        stages.append(_apply(pass_, index, model, ready, recipe, work, bare, progress))
+        if index and model.resident:
+            work.stage(index - 1, recipe.passes[index - 1].name).remove()
+    with progress.step("writing and verifying", total=2) as step:
+        notes = _export(model, recipe, ready, stages)
+        step.advance("written")
+        expected = stream_outputs(model, ready.probe)
+        dtype = model.dtype
+        del model
+        gc.collect()
+        folder = ready.output / "model"
+        verified = verify(
+            folder, ready.probe.tokens, expected, dtype=dtype, workdir=work.hidden / "measure",
+            device=ready.device, threads=torch.get_num_threads(),
+        )  # fmt: skip
+        step.advance("verified")
+    work.once(
+        "exported",
+        lambda: {
+            "stages": [stage.model_dump(by_alias=True) for stage in stages],
+            "verified": verified.model_dump(),
+            "notes": notes,
+        },
+    )
+    return stages, verified, notes
+
+
+def _apply(
+    pass_: Pass, index: int, model: ModelHandle, ready: Prepared, recipe: Recipe, work: Workspace, bare: int,
+    progress: Progress,
+) -> Stage:  # fmt: skip
+    """One pass, or what is left of it."""
+    stage = work.stage(index, pass_.name)
+    if stage.complete:
+        if model.resident:
+            for block in model.blocks():
+                block.restore(*stage.read(block, model.device))
+        result = stage.result()
+    else:
+        forget_peak()
+        started = time.monotonic()
+        context = Context(
+            calibration=ready.calibration if pass_.needs_calibration else None,
+            stage=stage,
+            progress=progress,
+            min_coverage=recipe.min_coverage,
+        )
+        done = pass_.run(model, context)
+        result = _record(pass_, done, time.monotonic() - started, peak_resident_bytes() - bare, ready, index)
+        stage.finish(result)
+    model.latest = stage
+    model.record(pass_)
+    return Stage(**result)
+
+
+def _record(pass_: Pass, done: PassResult, seconds: float, peak: int, ready: Prepared, index: int) -> dict[str, Any]:
+    stage = Stage(
+        **{"pass": pass_.name},
+        options=pass_.options(),
+        seconds=round(seconds, 3),
+        predicted=ready.plan.of_pass(index),
+        peak_memory_bytes=peak,
+        coverage=done.coverage,
+        blocks=done.blocks,
+        measurements=done.measurements,
+    )
+    return stage.model_dump(by_alias=True)
+
+
+def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[Stage]) -> list[str]:
+    """Writes `model/` and `exports/<format>/`; the notes are sentences for the report."""
+    contents = model.contents(ready.tokenizer, card=model_card(recipe, stages))
+    write_model_folder(ready.output / "model", contents)
+    formats = list(recipe.export)
+    note = packed_export_note(contents)
+    if note and "packed" not in formats:
+        formats.append("packed")
+    for name in formats:
+        if name != default_format(contents):
+            write_model_folder(ready.output / "exports" / name, contents, name)
+    return [note] if note else []
+
+
+def _report(
+    recipe: Recipe, ready: Prepared, stages: list[Stage], verified: Verified, notes: list[str]
+) -> Report:
+    threads = torch.get_num_threads()
+    texts: dict[str, Windows | None] = {"calibration": ready.calibration, "evaluation": ready.evaluation}
+    data = {
+        role: {"source": w.source, "fingerprint": w.fingerprint, "windows": len(w.tokens), "length": w.tokens.shape[1]}
+        for role, w in texts.items()
+        if w is not None
+    }
+    return Report(
+        name=recipe.name,
+        recipe=recipe.canonical(),
+        digest=recipe.digest(),
+        environment={**environment(threads=threads, device=ready.device), "data": data, "model": ready.fingerprints},
+        stages=stages,
+        verified=verified,
+        notes=[*ready.notes, *notes],
+    )
+

@@ -1,0 +1,141 @@
+"""Everything a run needs to know before it touches a weight or the output folder, and every refusal that needs none."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from compress.data import Windows, items, overlap, token_windows, windows_from
+from compress.errors import StartError
+from compress.measure.benchmark import BenchmarkJob
+from compress.model import context_length
+from compress.opening import locate, read_config, read_tokenizer, refuse_quantized
+from compress.planning import Plan, plan, refuse
+from compress.recipe import Data, Recipe, Role
+from compress.workspace import Workspace, fingerprint_folder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+#: What the exported folder is verified on: so many windows of so many tokens.
+PROBE_WINDOWS, PROBE_LENGTH = 2, 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with its model found, its texts cut, its cost predicted. `probe` is what the export is verified on;
+    `job` is None where nothing is to be benchmarked; `notes` are sentences for the report."""
+
+    folder: Path
+    output: Path
+    device: str
+    tokenizer: PreTrainedTokenizerBase | None
+    calibration: Windows | None
+    evaluation: Windows | None
+    probe: Windows
+    job: BenchmarkJob | None
+    plan: Plan
+    fingerprints: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
+    """Finds the model, reads the texts, plans, and refuses what cannot be. Writes nothing."""
+    device = check_device(recipe.device)
+    folder = locate(recipe.model)
+    config = read_config(folder)
+    refuse_quantized(config, folder)
+    predicted = plan(recipe)
+    refuse(predicted, recipe)
+    tokenizer = read_tokenizer(folder)
+    texts = _texts(recipe, tokenizer, config)
+    calibration, evaluation = texts.get("calibration"), texts.get("evaluation")
+    fingerprints = {"model": fingerprint_folder(folder)}
+    fingerprints |= {f"data.{role}": windows.fingerprint for role, windows in texts.items()}
+    output = Path(recipe.output or f"runs/{recipe.name}")
+    Workspace.check(output, recipe, fingerprints, fresh)
+    job = None if recipe.benchmark is False else benchmark_job(recipe, device, evaluation)
+    notes = []
+    if calibration is not None and evaluation is not None and (share := overlap(calibration, evaluation)):
+        notes.append(f"{share:.0%} of the evaluation text is calibration text too: the quality figures flatter.")
+    probe = _probe(evaluation or calibration, config, recipe.seed)
+    return Prepared(
+        folder, output, device, tokenizer, calibration, evaluation, probe, job, predicted, fingerprints, tuple(notes)
+    )
+
+
+def check_device(device: str) -> str:
+    """`auto` resolved; StartError where CUDA is asked for and there is none."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise StartError("device: cuda is asked for, and torch sees no GPU here. Use device: cpu or auto.")
+    return device
+
+
+def _texts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig
+) -> dict[str, Windows]:
+    """The windows of each text that this recipe makes use of."""
+    wanted: list[Role] = []
+    if any(pass_.needs_calibration for pass_ in recipe.passes):
+        wanted.append("calibration")
+    if recipe.benchmark is not False:
+        wanted.append("evaluation")
+    return cut_texts(recipe.data, wanted, tokenizer, config, recipe.base, recipe.seed)
+
+
+def cut_texts(
+    data: Data, roles: list[Role], tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, base: Path,
+    seed: int,
+) -> dict[str, Windows]:  # fmt: skip
+    """The windows of those roles that `data` has an entry for."""
+    found = {}
+    for role in roles:
+        entry = getattr(data, role)
+        if entry is None:
+            continue
+        if tokenizer is None:
+            raise StartError(f"data.{role}: the model's folder holds no tokenizer, so text cannot be cut into tokens.")
+        found[role] = token_windows(entry, role, tokenizer, context_length(config), base, seed)
+    return found
+
+
+def benchmark_job(recipe: Recipe, device: str, evaluation: Windows | None) -> BenchmarkJob:
+    """What the recipe's `benchmark` asks to be measured."""
+    assert recipe.benchmark is not False
+    tasks = recipe.benchmark.tasks
+    if not tasks and recipe.model.startswith("builtin:"):
+        tasks = (recipe.model,)
+    by_area: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for task in tasks:
+        for item in items(task, recipe.base):
+            by_area[item["area"]].append(item)
+    return BenchmarkJob(
+        windows=None if evaluation is None else evaluation.tokens,
+        mask=None if evaluation is None else evaluation.mask,
+        items=dict(by_area),
+        metrics=recipe.benchmark.metrics,
+        prompts=recipe.benchmark.prompts,
+        device=device,
+        threads=torch.get_num_threads(),
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+    )
+
+
+def _probe(text: Windows | None, config: PretrainedConfig, seed: int) -> Windows:
+    """A few short windows of the recipe's text, or tokens drawn by the seed where it has none."""
+    if text is not None and text.mask is None:
+        tokens = text.tokens[:PROBE_WINDOWS, :PROBE_LENGTH]
+    else:
+        length = min(PROBE_LENGTH, context_length(config))
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = config.get_text_config().vocab_size
+        tokens = torch.randint(0, vocabulary, (PROBE_WINDOWS, length), generator=generator)
+    return windows_from(tokens, None)

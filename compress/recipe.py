@@ -1,0 +1,369 @@
+"""The recipe: which model, which passes, which text, which benchmark. Building one validates everything.
+
+`Recipe.load(path, overrides)` and `Recipe.from_dict(values)` are the ways in; both raise RecipeError (all problems in
+one message, a line each) before a weight is read. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from compress.errors import RecipeError
+from compress.recipe_changes import decisive, differences
+from compress.recipe_check import Checker, check_order, plain, step_name
+from compress.recipe_goals import TEXT_METRICS, Goal, known_metric, parse_goal, parse_size
+from compress.recipe_yaml import Document, Place
+from compress.registry import FORMATS, METRICS, PASSES, RUNTIMES, yaml_words
+
+if TYPE_CHECKING:
+    from compress.passes.base import Pass
+else:
+    Pass = Any
+
+__all__ = [
+    "Benchmark", "Data", "DataEntry", "Goal", "Recipe", "check_order", "differences", "parse_goal", "parse_size",
+    "starter_recipe",
+]  # fmt: skip
+
+Role = Literal["calibration", "evaluation", "training"]
+ROLES: tuple[Role, ...] = ("calibration", "evaluation", "training")
+_SEED = Field(ge=0, le=2**32 - 1)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class DataEntry(_Section):
+    """Where a text comes from and how it is cut into token windows. A bare string is its `source`."""
+
+    source: str = Field(min_length=1)
+    """`builtin:<name>`, a local .txt or .jsonl file, or a Hugging Face dataset id."""
+    samples: int | None = Field(None, ge=1)
+    """How many windows (with `pack: false`: documents). Calibration: 128; evaluation: all (builtin text: 64)."""
+    length: int | None = Field(None, ge=2)
+    """Tokens in a window. Default: 256, or the model's context where that is shorter."""
+    separator: Literal["bos", "none"] = "bos"
+    """What stands before each document: the token that begins a text, or nothing."""
+    sampling: Literal["random", "sequential"] | None = None
+    """Windows at random places, or one after the other from the start. Calibration: random; otherwise sequential."""
+    pack: bool = True
+    """Cut windows from all documents in one stream; false: each document alone, cut at `length`."""
+    seed: int | None = Field(None, ge=0, le=2**32 - 1)
+    """Draws the random windows and generates builtin text. Default: the recipe's seed."""
+
+    def resolved(self, role: Role, seed: int) -> DataEntry:
+        """The entry with the defaults of its role filled in; `length` stays, since it depends on the model."""
+        built_in = {"calibration": 128, "evaluation": 64, "training": 1024}
+        samples = built_in[role] if role == "calibration" or self.source.startswith("builtin:") else None
+        return self.model_copy(
+            update={
+                "samples": samples if self.samples is None else self.samples,
+                "sampling": self.sampling or ("random" if role == "calibration" else "sequential"),
+                "seed": seed if self.seed is None else self.seed,
+            }
+        )
+
+
+class Data(_Section):
+    """The texts of a recipe."""
+
+    calibration: DataEntry | None = None
+    """What passes look at while they compress."""
+    evaluation: DataEntry | None = None
+    """What the benchmark measures on; never used to compress."""
+    training: DataEntry | None = None
+    """What training passes train on; `calibration`, with a warning, where it is absent."""
+
+
+class Benchmark(_Section):
+    """What is measured on the original and the compressed model."""
+
+    metrics: tuple[str, ...] | None = None
+    """Names of metrics; all cheap ones where absent."""
+    tasks: tuple[str, ...] = ()
+    """Files of test items (.jsonl), or `builtin:<name>`."""
+    goals: dict[str, str | int | float] = Field(default_factory=dict)
+    """Metric -> what it must reach: a change (`+2%`, `-1pt`) or a figure (`2GB`). Missing one ends in exit code 3."""
+    runtimes: tuple[str, ...] = ("transformers",)
+    """What loads the exported model and is timed."""
+    prompts: tuple[str, ...] = ()
+    """Texts to continue with both models; the report shows them side by side."""
+
+    def parsed_goals(self) -> list[Goal]:
+        return [parse_goal(metric, value) for metric, value in self.goals.items()]
+
+
+class Recipe(_Section):
+    """What to do to a model. Frozen; paths are absolute, the defaults of `data` and `output` filled in."""
+
+    model: str = Field(min_length=1)
+    """Hub id, local folder or `builtin:tiny`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the weights are loaded in; auto: as they are stored."""
+    data: Data = Field(default_factory=Data)
+    """Texts for calibration, evaluation and training."""
+    passes: tuple[Pass, ...] = ()
+    """What is done to the model, in this order: `- name: {options}`."""
+    benchmark: Benchmark | Literal[False] = Field(default_factory=Benchmark)
+    """What is measured; false: nothing (the result is still verified)."""
+    export: tuple[str, ...] = ()
+    """Formats written besides the folder `model/`."""
+    runtime: dict[str, Any] = Field(default_factory=dict)
+    """How the compressed model is to be run."""
+    memory: str | int | None = None
+    """Most memory the run may take, as in 8GB; a plan above it is refused."""
+    output: str | None = None
+    """Folder of the results. Default: `runs/<recipe name>` beside the recipe."""
+    seed: int = Field(0, ge=0, le=2**32 - 1)
+    """Decides everything that is drawn at random."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the work is done; auto: a GPU where there is one."""
+    residency: Literal["memory", "disk"] = "memory"
+    """Keep the whole model in memory, or read each block when its turn comes."""
+    min_coverage: float = Field(0.5, ge=0, le=1)
+    """Least share of the blocks' weights that a pass must reach."""
+
+    _name: str = PrivateAttr("recipe")
+    _base: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = (), **replaced: Any) -> Recipe:
+        """The recipe in a YAML file. `overrides` are `KEY=VALUE` as after `--set`; `replaced` are top-level keys given
+        as options of their own (`model="..."`, `output=...`, `device=...`; None: not given)."""
+        return _build(Document.read(Path(path)), Path(path).stem, overrides, replaced)
+
+    @classmethod
+    def from_dict(
+        cls,
+        values: Mapping[str, Any],
+        name: str = "recipe",
+        base: str | Path | None = None,
+        overrides: Sequence[str] = (),
+        **replaced: Any,
+    ) -> Recipe:
+        """The recipe of a mapping with the keys of a recipe file; `passes` may hold Pass objects. Relative paths start
+        from `base` (default: the working folder)."""
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"a recipe is a mapping of keys to values, not {yaml_words(values)}.")
+        copied: dict[str, Any] = {}
+        for key, value in values.items():
+            try:
+                many = key == "passes" and isinstance(value, list | tuple)
+                copied[str(key)] = [_entry(item) for item in value] if many else plain(value)
+            except TypeError as error:
+                raise RecipeError(f"{key}: {error}.") from None
+        return _build(Document(copied, Path(base or ".").absolute()), name, overrides, replaced)
+
+    @property
+    def name(self) -> str:
+        """The recipe file's name without its ending."""
+        return self._name
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths of the recipe start from."""
+        return self._base
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The budget `memory` in bytes."""
+        return None if self.memory is None else parse_size(self.memory)
+
+    def canonical(self) -> dict[str, Any]:
+        """The recipe as JSON-able values, all defaults filled in, paths absolute. `from_dict` reads it back."""
+        values = self.model_dump(mode="json", exclude={"passes"})
+        values["passes"] = [{step.name: step.model_dump(mode="json")} for step in self.passes]
+        return {key: values[key] for key in Recipe.model_fields}
+
+    def digest(self) -> str:
+        """sha256 (hex) of what decides the compressed model: see `decisive`."""
+        text = json.dumps(decisive(self.canonical()), sort_keys=True, ensure_ascii=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON Schema of a recipe file, the options of all passes included. Imports every pass."""
+        from pydantic.json_schema import models_json_schema
+
+        classes = {name: PASSES.get(name) for name in PASSES.names()}
+        refs, shared = models_json_schema([(model, "validation") for model in (cls, *classes.values())])
+        definitions = shared["$defs"]
+        schema = definitions.pop(refs[cls, "validation"]["$ref"].rpartition("/")[2])
+        entries: list[dict[str, Any]] = [{"enum": list(classes)}]
+        for name, model in classes.items():
+            options = {"anyOf": [refs[model, "validation"], {"type": "null"}]}
+            entry = {"type": "object", "properties": {name: options}, "required": [name]}
+            entries.append({**entry, "additionalProperties": False})
+        schema["properties"]["passes"] |= {"type": "array", "items": {"anyOf": entries}}
+        for entry in definitions["Data"]["properties"].values():
+            entry["anyOf"].append({"type": "string"})
+        for name in ("data", "benchmark"):
+            field = schema["properties"][name]
+            kinds = field.pop("anyOf", None) or [{"$ref": field.pop("$ref")}]
+            schema["properties"][name] = {"anyOf": [*kinds, {"type": "null"}], **field}
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": definitions}
+
+
+def _entry(item: Any) -> Any:
+    return item if isinstance(item, BaseModel) else plain(item)
+
+
+def _build(document: Document, name: str, overrides: Sequence[str], replaced: Mapping[str, Any]) -> Recipe:
+    if isinstance(overrides, str):
+        raise RecipeError(f"overrides is a list of KEY=VALUE, not the text {yaml_words(overrides)}.")
+    for text in overrides:
+        document.set(text)
+    for key, value in replaced.items():
+        if value is not None:
+            document.replace(key, plain(value))
+    from compress.builtin import MODELS
+
+    check, values = Checker(document), document.value
+    apart = ("passes", "data", "benchmark")
+    shell = check.build(Recipe, {key: value for key, value in values.items() if key not in apart}, ())
+    passes = check.passes(values.get("passes"))
+    model, seed = values.get("model"), shell.seed if shell else 0
+    home = model if isinstance(model, str) and model.startswith("builtin:") else None
+    data = _data(check, values.get("data"), home, seed, tuple(MODELS))
+    benchmark = _benchmark(check, values.get("benchmark"), home, tuple(MODELS))
+    check.raise_problems()
+    assert shell is not None
+    assert passes is not None
+    assert benchmark is not None
+    output = shell.output or f"runs/{name}"
+    update = {
+        "model": check.model(("model",), shell.model, tuple(MODELS)),
+        "data": data,
+        "passes": tuple(passes),
+        "benchmark": benchmark,
+        "output": str(check.path(("output",) if shell.output else (), output)),
+    }
+    check.names(("export",), shell.export, FORMATS)
+    if shell.memory is not None:
+        _sized(check, shell.memory)
+    for index, sentence in check_order(passes):
+        place = document.where(("passes", index, passes[index].name)).removesuffix(": ")
+        check.problems.append(f"{place or step_name(passes, index)} {sentence}")
+    _requirements(check, passes, data, benchmark)
+    check.raise_problems()
+    recipe = shell.model_copy(update=update)
+    recipe._name, recipe._base = name, document.base
+    return recipe
+
+
+def _sized(check: Checker, memory: str | int) -> None:
+    try:
+        if parse_size(memory) == 0:
+            check.problem(("memory",), f"{yaml_words(memory)} is no room at all.")
+    except RecipeError as error:
+        check.problem(("memory",), str(error))
+
+
+def _data(check: Checker, value: Any, home: str | None, seed: int, builtin: Sequence[str]) -> Data:
+    """The texts, with the defaults of their roles; a builtin model's own text (`home`) stands in for what is absent."""
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        check.problem(("data",), f"{yaml_words(value)} is not allowed; allowed: a mapping of {', '.join(ROLES)}.")
+        return Data()
+    entries: dict[str, Any] = {}
+    for role in ROLES:
+        given = value.get(role)
+        given = {"source": given} if isinstance(given, str) else given
+        if home and (given is None or (isinstance(given, dict) and "source" not in given)):
+            given = {"source": home, **(given or {})}
+        place: Place = ("data", role)
+        if given is not None and not isinstance(given, dict):
+            check.problem(place, f"{yaml_words(given)} is not allowed; allowed: a source, or a mapping with one.")
+        elif given is not None and (entry := check.build(DataEntry, given, place)):
+            source = check.source((*place, "source"), entry.source, builtin)
+            entries[role] = entry.model_copy(update={"source": source}).resolved(role, seed)
+    unknown = {key: item for key, item in value.items() if key not in ROLES}
+    check.build(Data, unknown, ("data",))
+    return Data().model_copy(update=entries)
+
+
+def _benchmark(
+    check: Checker, value: Any, home: str | None, builtin: Sequence[str]
+) -> Benchmark | Literal[False] | None:
+    if value is False:
+        return False
+    benchmark = check.build(Benchmark, {} if value is None else value, ("benchmark",))
+    if benchmark is None:
+        return None
+    check.names(("benchmark", "metrics"), benchmark.metrics or (), METRICS)
+    check.names(("benchmark", "runtimes"), benchmark.runtimes, RUNTIMES)
+    for metric, goal in benchmark.goals.items():
+        place = ("benchmark", "goals", metric)
+        try:
+            parse_goal(metric, goal)
+        except RecipeError as error:
+            check.problem(place, str(error))
+            continue
+        family = metric.partition("/")[0]
+        if known_metric(metric) and benchmark.metrics is not None and family not in benchmark.metrics:
+            check.problem(place, f"{family} is not measured; add it to benchmark.metrics.")
+    given = benchmark.tasks or ((home,) if home else ())
+    tasks = [check.source(("benchmark", "tasks", index), task, builtin, hub=False) for index, task in enumerate(given)]
+    return benchmark.model_copy(update={"tasks": tuple(tasks)})
+
+
+def _requirements(check: Checker, passes: Sequence[Pass], data: Data, benchmark: Benchmark | Literal[False]) -> None:
+    """Text and items that something in the recipe asks for by name must be there."""
+    for index, step in enumerate(passes):
+        if step.needs_calibration and data.calibration is None:
+            sentence = f"{step.name} needs text: give data.calibration a .txt or .jsonl file."
+            check.problem(("passes", index, step.name), sentence)
+    if not benchmark:
+        return
+    asked: list[tuple[Place, str]] = [
+        (("benchmark", "metrics", index), metric) for index, metric in enumerate(benchmark.metrics or ())
+    ]
+    asked += [(("benchmark", "goals", metric), metric) for metric in benchmark.goals]
+    for place, metric in asked:
+        if metric in TEXT_METRICS and data.evaluation is None:
+            check.problem(place, f"{metric} needs text: give data.evaluation a .txt or .jsonl file.")
+        if metric.partition("/")[0] == "accuracy" and not benchmark.tasks:
+            check.problem(place, f"{metric} needs test items: give benchmark.tasks a .jsonl file of them.")
+
+
+def starter_recipe(model: str) -> str:
+    """A commented recipe for `model`, ready to run: what `compress init MODEL` prints."""
+    builtin = model.startswith("builtin:")
+    commented = "" if builtin else "# "
+    step, what = ("gptq", "calibrated rounding") if builtin else ("rtn", "rounding without data (gptq: with)")
+    return f"""\
+# Run it with: compress run recipe.yaml        What it will cost: compress plan recipe.yaml
+model: {json.dumps(model)}   # hub id, local folder or builtin:tiny
+
+# Text. A .txt or .jsonl file, or a Hugging Face dataset id; paths start from this file's folder.
+{commented}data:
+{commented}  calibration: {model if builtin else "calibration.jsonl"}   # what gptq and wanda look at
+{commented}  evaluation: {model if builtin else "evaluation.jsonl"}   # what quality is measured on; must be other text
+
+# What is done to the model, in this order. `compress passes` lists them all, `compress passes gptq` one's options.
+passes:
+  - {step}:   # {what}
+      bits: 4          # 2, 3, 4 or 8
+      group_size: 64   # weights that share a scale; must divide the columns of the layers; -1: per channel
+
+# What is measured on the original and on the result. Left out: everything cheap. `benchmark: false`: nothing.
+# benchmark:
+#   tasks: [items.jsonl]   # test items: question + choices + label, good + bad, or prompt + completion
+#   goals:                 # the run ends with exit code 3 where one is missed
+#     perplexity: +2%
+#     weights_bytes: -60%
+
+# output: runs/my-model   # default: runs/<this file's name>
+# residency: disk         # read one block at a time: for models larger than the memory
+# memory: 8GB             # refuse to start if the plan needs more
+seed: 0
+"""

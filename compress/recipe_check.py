@@ -1,0 +1,268 @@
+"""From values to checked objects: pydantic's findings in sentences that say where, what and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import os.path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from compress.errors import CompressError, RecipeError, nearest
+from compress.recipe_yaml import Document, Place, nearest_file, pass_entry
+from compress.registry import PASSES, allowed_words, yaml_words
+
+if TYPE_CHECKING:
+    from compress.passes.base import Pass
+
+MAX_PROBLEMS = 10
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON has it: paths and keys become text, tuples lists. Raises TypeError for what JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise TypeError(f"{type(value).__name__} is not a value that a recipe can hold")
+
+
+class Checker:
+    """Collects every problem of a recipe, so that one message lists them all."""
+
+    def __init__(self, document: Document):
+        self.document = document
+        self.problems: list[str] = []
+
+    def problem(self, place: Place, sentence: str) -> None:
+        self.problems.append(self.document.where(place) + sentence)
+
+    def raise_problems(self) -> None:
+        if self.problems:
+            listed = list(dict.fromkeys(self.problems))
+            more = len(listed) - MAX_PROBLEMS
+            raise RecipeError("\n".join(listed[:MAX_PROBLEMS] + ([f"and {more} more."] if more > 0 else [])))
+
+    def build(self, cls: type[Model], value: Any, place: Place) -> Model | None:
+        """A `cls` from the mapping at `place`, or None with the problems noted.
+
+        Types are strict ("4" is no number, true is no 1), as JSON has them: a list serves for a tuple.
+        """
+        try:
+            return cls.model_validate_json(json.dumps(plain(value)), strict=True)
+        except ValidationError as error:
+            for found, sentence in _sentences(error, cls, value):
+                self.problem((*place, *found), sentence)
+        except (CompressError, TypeError) as error:
+            self.problem(place, str(error))
+        return None
+
+    def passes(self, value: Any) -> list[Any] | None:
+        """The Pass objects of the list under `passes`; None (and problems noted) when one of them is not valid."""
+        if value is None:
+            return []
+        if not isinstance(value, list | tuple):
+            self.problem(("passes",), f"{yaml_words(value)} is not allowed; allowed: a list of `- name: {{options}}`.")
+            return None
+        built = [self._pass(("passes", index), entry) for index, entry in enumerate(value)]
+        return None if None in built else built
+
+    def _pass(self, place: Place, entry: Any) -> Any:
+        if isinstance(entry, BaseModel) and hasattr(entry, "accepts"):
+            return entry
+        found = pass_entry(entry)
+        if found is None:
+            advice = "allowed: `name: {options}`."
+            if isinstance(entry, dict) and any(name in PASSES for name in entry):
+                advice = "one pass an entry, its options indented below its name."
+            self.problem(place, f"{yaml_words(entry)} is not allowed; {advice}")
+            return None
+        name, options = found
+        if name not in PASSES:
+            self.problem(place, PASSES.unknown(name))
+            return None
+        if options is not None and not isinstance(options, dict):
+            self.problem((*place, name), f"{yaml_words(options)} is not allowed; allowed: a mapping of options.")
+            return None
+        return self.build(PASSES.get(name), options or {}, (*place, name))
+
+    def names(self, place: Place, given: Iterable[str], registry: Any) -> None:
+        """Notes the names that a registry lacks, and those that stand there twice."""
+        seen = set()
+        for index, name in enumerate(given):
+            if name not in registry:
+                self.problem((*place, index), registry.unknown(name))
+            if name in seen:
+                self.problem((*place, index), f'"{name}" stands there twice.')
+            seen.add(name)
+
+    def model(self, place: Place, model: str, builtin: Sequence[str]) -> str:
+        """The model with a local folder made absolute. Hub ids and `builtin:` names stay."""
+        if model.startswith("builtin:"):
+            self._builtin(place, model, builtin)
+            return model
+        path = self.path(place, model)
+        if path.exists():
+            if not path.is_dir():
+                self.problem(place, f"{path} is a file; a model is a folder, a hub id or builtin:{builtin[0]}.")
+            return str(path)
+        if looks_like_path(model):
+            self.problem(place, f"no such folder: {path}.{nearest_file(path)}")
+        return model
+
+    def source(self, place: Place, source: str, builtin: Sequence[str], hub: bool = True) -> str:
+        """A text's source with a local file made absolute. Hub ids (where `hub`) and `builtin:` names stay."""
+        if source.startswith("builtin:"):
+            self._builtin(place, source, builtin)
+            return source
+        path = self.path(place, source)
+        if path.is_dir():
+            self.problem(place, f"{path} is a folder; allowed: a .txt or .jsonl file, builtin:{builtin[0]}.")
+        elif path.suffix.lower() in (".txt", ".jsonl"):
+            if not path.exists():
+                self.problem(place, f"no such file: {path}.{nearest_file(path)}")
+            return str(path)
+        elif path.exists():
+            self.problem(place, f"{path} is neither a .txt nor a .jsonl file.")
+        elif looks_like_path(source) or not hub:
+            near = nearest_file(path) or nearest(source, [f"builtin:{name}" for name in builtin])
+            self.problem(place, f"no such file: {path}; allowed: a .txt or .jsonl file, builtin:{builtin[0]}.{near}")
+        return source
+
+    def path(self, place: Place, text: str) -> Path:
+        """`text` as an absolute path: from the recipe's folder, in overrides from the working folder."""
+        path = Path(text).expanduser() if text.startswith("~") else Path(text)
+        return Path(os.path.normpath((self.document.base_of(place) / path).absolute()))
+
+    def _builtin(self, place: Place, source: str, builtin: Sequence[str]) -> None:
+        allowed = [f"builtin:{name}" for name in builtin]
+        if source not in allowed:
+            near = nearest(source, allowed)
+            self.problem(place, f"{yaml_words(source)} does not exist; allowed: {', '.join(allowed)}.{near}")
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether `text` can only be meant as a path: a hub id has at most one slash, and does not begin with a dot."""
+    return text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1 or "\\" in text
+
+
+_EXPECTED = {
+    "int": "a whole number", "float": "a number", "finite": "a number", "string": "text", "bool": "true, false",
+    "list": "a list", "tuple": "a list", "dict": "a mapping", "model": "a mapping", "none": "null",
+}  # fmt: skip
+
+
+def _sentences(error: ValidationError, cls: type[BaseModel], value: Any) -> list[tuple[Place, str]]:
+    """Each place that pydantic complains of, once, with a sentence. Members of a union become one sentence."""
+    grouped: dict[Place, list[Any]] = {}
+    for finding in error.errors(include_url=False):
+        missing = finding["type"] == "missing"
+        place = _real(finding["loc"][:-1] if missing else finding["loc"], value)
+        grouped.setdefault((*place, finding["loc"][-1]) if missing else place, []).append(finding)
+    return [(place, _sentence(place, findings, cls)) for place, findings in grouped.items()]
+
+
+def _real(location: tuple[str | int, ...], value: Any) -> Place:
+    """`location` without pydantic's own words for the members of a union."""
+    place: list[str | int] = []
+    for part in location:
+        if isinstance(value, dict) and part in value:
+            value = value[str(part)]
+        elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _sentence(place: Place, findings: list[Any], cls: type[BaseModel]) -> str:
+    first = findings[0]
+    kind = first["type"]
+    owner, field = _field(cls, place)
+    if kind == "missing":
+        return f"is missing. {field.description or ''}".strip() if field else "is missing."
+    if kind == "extra_forbidden":
+        known = list(owner.model_fields)
+        return f"unknown key; allowed: {', '.join(known)}.{nearest(str(place[-1]), known)}"
+    if kind in ("value_error", "assertion_error"):
+        reason = str(first.get("ctx", {}).get("error", first["msg"])).rstrip(".")
+        return f"{reason}."
+    shown = yaml_words(first["input"])
+    if field is not None:
+        allowed = allowed_words(field)
+    else:
+        words = [_EXPECTED.get(item["type"].split("_")[0], item["msg"].lower()) for item in findings]
+        allowed = " or ".join(dict.fromkeys(words))
+    near = nearest(first["input"], allowed.split(", ")) if isinstance(first["input"], str) else ""
+    return f"{shown} is not allowed; allowed: {allowed}.{near}"
+
+
+def _field(cls: type[BaseModel], place: Place) -> tuple[type[BaseModel], Any]:
+    """The model that owns the last part of `place`, and that part's field (None where it is no field itself)."""
+    owner, field = cls, None
+    for depth, part in enumerate(place):
+        field = owner.model_fields.get(str(part))
+        if field is None or depth == len(place) - 1:
+            break
+        inner = [item for item in (field.annotation, *get_args(field.annotation)) if hasattr(item, "model_fields")]
+        if not inner:
+            return owner, None
+        owner = inner[0]
+    return owner, field
+
+
+def step_name(passes: Sequence[Pass], index: int) -> str:
+    return f"passes.{index}.{passes[index].name}"
+
+
+def check_order(passes: Iterable[Pass], states: Iterable[str] = ()) -> list[tuple[int, str]]:
+    """(index, sentence) for each pass that does not take the model as the passes before it leave it.
+
+    A pass states what it `accepts` and what it `leaves`; what is left adds up (a sparse model that is quantized is
+    both), and every state but "dense" must be accepted. `states` are those the model has to begin with.
+    """
+    steps, refused = list(passes), []
+    present: dict[str, int | None] = dict.fromkeys(states)
+    present.pop("dense", None)
+    for index, step in enumerate(steps):
+        bad = next((state for state in present if state not in step.accepts), None)
+        if bad is not None:
+            refused.append((index, _order_sentence(steps, index, bad, present[bad], present)))
+        elif not present and "dense" not in step.accepts:
+            refused.append((index, f"cannot come here: it takes {_weights(step.accepts)}, and the model's are dense."))
+        elif step.leaves not in ("dense", "same"):
+            present.setdefault(step.leaves, index)
+    return refused
+
+
+def _order_sentence(
+    steps: Sequence[Pass], index: int, state: str, cause: int | None, present: Mapping[str, int | None]
+) -> str:
+    step = steps[index]
+    takes = f"it takes {_weights(step.accepts)}"
+    if cause is None:
+        return f"cannot work on this model: {takes}, and the model's are {state}."
+    before = steps[cause]
+    sentence = f"cannot follow {step_name(steps, cause)}: {takes}, and {before.name} leaves {state} ones."
+    if before.name == step.name:
+        return f"{sentence} Leave one of the two out."
+    earlier = {other for other, at in present.items() if at is None or at < cause}
+    swapped = earlier | ({step.leaves} - {"dense", "same"})
+    if earlier <= step.accepts and swapped <= before.accepts:
+        return f"{sentence} Put {step.name} first."
+    return f"{sentence} Leave one of the two out."
+
+
+def _weights(states: Iterable[str]) -> str:
+    order = ("dense", "sparse", "quantized", "adapter")
+    known = sorted(states, key=lambda state: order.index(state) if state in order else len(order))
+    return f"{' or '.join(known)} weights"

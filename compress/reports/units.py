@@ -1,0 +1,115 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+#: Plain names of the metrics, in the order in which tables show them.
+NAMES = {
+    "perplexity": "Perplexity",
+    "accuracy": "Accuracy",
+    "kl_divergence": "KL divergence to the original",
+    "top1_agreement": "Same most likely token",
+    "weights_bytes": "Weights on disk",
+    "bits_per_weight": "Bits per weight",
+    "parameters": "Parameters",
+    "peak_memory_bytes": "Peak memory",
+    "prefill_tokens_per_second": "Prefill speed",
+    "decode_tokens_per_second": "Decode speed",
+    "first_token_seconds": "Time to first token",
+    "energy_joules_per_token": "Energy per token",
+}
+
+
+def title(metric: str) -> str:
+    """`accuracy/grammar` -> `Accuracy: grammar`."""
+    base, _, area = metric.partition("/")
+    name = NAMES.get(base, base.replace("_", " ").capitalize())
+    return f"{name}: {area.replace('_', ' ')}" if area else name
+
+
+def order(metrics: list[str]) -> list[str]:
+    """The metrics in the tables' order: known ones first, an area right after its metric."""
+    known = list(NAMES)
+
+    def key(metric: str) -> tuple[int, str, str]:
+        base, _, area = metric.partition("/")
+        return (known.index(base) if base in known else len(known), base, area)
+
+    return sorted(metrics, key=key)
+
+
+def number(value: float) -> str:
+    """Four significant digits without needless zeros; thousands are set apart."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 100_000:
+        return f"{value:,.0f}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size < 0.001:
+        return f"{value:.2e}"
+    digits = 3 if size < 10 else 2 if size < 100 else 1
+    if size < 0.1:
+        digits = 4
+    text = f"{value:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def scaled(value: float, unit: str, steps: tuple[str, ...], base: float = 1000.0) -> str:
+    """`1500, "B", ("", "k", "M")` -> `1.5 kB`."""
+    size, step = abs(value), 0
+    while size >= base and step < len(steps) - 1:
+        size, step = size / base, step + 1
+    sign = "-" if value < 0 else ""
+    return f"{sign}{number(size)} {steps[step]}{unit}".rstrip()
+
+
+def human(value: float | None, unit: str) -> str:
+    """A value with its unit: bytes as MB, fractions as %, seconds as ms."""
+    if value is None:
+        return "–"
+    match unit:
+        case "B":
+            return scaled(value, "B", ("", "k", "M", "G", "T"))
+        case "fraction":
+            return f"{100 * value:.1f} %"
+        case "s":
+            return duration(value)
+        case "tokens/s":
+            return f"{number(value)} tok/s"
+        case "weights":
+            return scaled(value, "", ("", "k", "M", "G"))
+        case "nats/token" | "bits" | "J/token":
+            return f"{number(value)} {unit}"
+        case "" | "perplexity":
+            return number(value)
+        case _:
+            return f"{number(value)} {unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as `12 ms`, `3.2 s`, `4 min 05 s` or `2 h 10 min`."""
+    if seconds is None:
+        return "–"
+    if abs(seconds) < 1:
+        return f"{number(1000 * seconds)} ms"
+    if abs(seconds) < 100:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def change(delta: float | None, ratio: float | None, unit: str) -> str:
+    """The change as a person says it: points for fractions, otherwise percent; the plain difference without a ratio."""
+    if delta is None:
+        return "–"
+    if unit == "fraction":
+        return f"{100 * delta:+.1f} pt"
+    if ratio is None:
+        return f"{'+' if delta >= 0 else '-'}{human(abs(delta), unit)}"
+    if delta == 0:
+        return "the same"
+    percent = 100 * (ratio - 1)
+    return f"{percent:+.0f} %" if abs(percent) >= 10 else f"{percent:+.1f} %"

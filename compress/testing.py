@@ -1,0 +1,136 @@
+"""Tiny random models of many families, and the checks that any pass must stand: for our tests and for yours.
+
+    from compress.testing import check_pass
+    def test_my_pass_conforms():
+        check_pass(MyPass(strength=0.5))
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from compress.passes.base import Pass
+
+VOCABULARY = 96
+CONTEXT = 64
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
+
+#: Family -> (configuration class, its arguments); the class of the model follows from the configuration.
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**_GROUPED, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 8}),
+    "mistral": ("MistralConfig", {**_GROUPED, "sliding_window": 16}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_GROUPED,
+            "head_dim": 8,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "phi3": ("Phi3Config", {**_GROUPED, "pad_token_id": 0}),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT},
+    ),
+    "opt": (
+        "OPTConfig",
+        {**_COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    ),
+    "gpt_neox": ("GPTNeoXConfig", _COMMON),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**_GROUPED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+    "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "bert": ("BertConfig", _COMMON),
+}  # fmt: skip
+FAMILIES = tuple(_FAMILIES)
+#: The base model alone, for families without a language-model head here.
+_ENCODERS = {"bert": "BertModel"}
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model of a family in `FAMILIES`, a few tens of thousands of weights; `changes` to its config.
+
+    Weights are larger than at a usual initialisation, so that the blocks matter to the output.
+    """
+    config_name, arguments = _FAMILIES[family]
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = getattr(transformers, config_name)(**{**tokens, **copy.deepcopy(arguments), **changes})
+    torch.manual_seed(seed)
+    if family in _ENCODERS:
+        model = getattr(transformers, _ENCODERS[family])(config)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0.0, 0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def tiny_tokens(samples: int = 8, length: int = 32, seed: int = 0) -> torch.Tensor:
+    """Random token ids [samples, length] (int64) for `tiny_model`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (samples, length), generator=generator)
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits, or an encoder's last hidden state."""
+    out = model(input_ids=tokens)
+    result: torch.Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    return result
+
+
+def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrainedModel] = tiny_model) -> None:
+    """Raises AssertionError where a pass breaks a rule that the engine relies on.
+
+    It must change the weights it says it covers and nothing outside the blocks, leave finite outputs, be
+    reproducible, be rebuilt equal from its own options, and declare known states.
+    """
+    from compress.model import find_stacks
+    from compress.passes.base import STATES
+
+    assert type(pass_)(**pass_.options()) == pass_, f"{pass_.name}: options() do not rebuild the pass"
+    assert set(pass_.accepts) <= set(STATES), f"{pass_.name} accepts unknown states"
+    assert pass_.leaves in STATES, f"{pass_.name} leaves an unknown state"
+    tokens = tiny_tokens()
+    results = []
+    for _ in range(2):
+        model = make(family)
+        stacks = tuple(stack.name + "." for stack in find_stacks(model))
+        outside = {n: p.clone() for n, p in model.named_parameters() if not n.startswith(stacks)}
+        before = outputs(model, tokens)
+        result = pass_(model, calibration=tokens if pass_.needs_calibration else None, min_coverage=0.0)
+        after = outputs(model, tokens)
+        assert result.model is model, f"{pass_.name} does not change the model in place"
+        assert 0 < result.coverage <= 1, f"{pass_.name} covers {result.coverage}"
+        assert torch.isfinite(after).all(), f"{pass_.name} leaves outputs that are not finite"
+        assert not torch.equal(before, after), f"{pass_.name} changed nothing"
+        for name, old in outside.items():
+            assert torch.equal(old, model.get_parameter(name)), f"{pass_.name} changed {name}, which is in no block"
+        results.append(after)
+    assert torch.equal(*results), f"{pass_.name} is not reproducible"

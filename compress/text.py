@@ -1,0 +1,257 @@
+"""Where texts come from: local .txt and .jsonl files, the embedded model's own world, Hugging Face datasets.
+
+Everything is streamed: a file is never held as a whole, except a .txt, which is one document.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError, StartError, nearest
+from compress.recipe_yaml import nearest_file
+from compress.registry import yaml_words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILTIN = "builtin:"
+
+# kind of document: the fields that make it one, most telling first
+KINDS = {
+    "messages": ("messages",),
+    "choice": ("question", "choices", "label"),
+    "pair": ("good", "bad"),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+_ALLOWED = "text; prompt + completion; messages; text + label; question + choices + label; good + bad"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with its fields as they were read; `origin` is where: "file:line". `fields` were checked."""
+
+    fields: Mapping[str, Any]
+    origin: str
+
+    @property
+    def kind(self) -> str:
+        """messages, choice, pair, completion or text."""
+        return next(kind for kind, needed in KINDS.items() if all(name in self.fields for name in needed))
+
+    def core(self) -> dict[str, Any]:
+        """The fields that make it what it is, without what else the line held."""
+        return {name: self.fields[name] for name in KINDS[self.kind]}
+
+    @property
+    def text(self) -> str | None:
+        """The text as a model reads it: a question with its right choice, the good one of a pair, prompt and completion
+        joined as they are. None for messages, which a tokenizer has to lay out (`text_of`)."""
+        fields = self.fields
+        if self.kind == "choice":
+            answer = fields["choices"][fields["label"]]
+            return f"{fields['question']}{'' if answer[:1].isspace() else ' '}{answer}"
+        if self.kind == "completion":
+            return f"{fields['prompt']}{fields['completion']}"
+        found: str | None = {"pair": fields.get("good"), "text": fields.get("text")}.get(self.kind)
+        return found
+
+
+def text_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The document's text; messages are laid out by the tokenizer's chat template."""
+    text = document.text
+    if text is not None:
+        return text
+    if not getattr(tokenizer, "chat_template", None):
+        raise CompressError(
+            f"{document.origin}: messages need a chat template, and this model's tokenizer has none. Give text instead."
+        )
+    try:
+        laid_out = tokenizer.apply_chat_template(list(document.fields["messages"]), tokenize=False)
+    except Exception as error:  # a template is a program of the model's author: it may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise CompressError(f"{document.origin}: the tokenizer's chat template refuses them ({reason}).") from error
+    return str(laid_out)
+
+
+def documents(source: str, base: Path, role: str = "calibration", seed: int = 0) -> Iterator[Document]:
+    """The documents of a data source, one by one; those of `builtin:` sources never end.
+
+    Raises StartError for a source that is not there, CompressError for content that is no text.
+    """
+    if source.startswith(BUILTIN):
+        from compress.builtin import MODELS
+        from compress.builtin import documents as generated
+
+        name = source.removeprefix(BUILTIN)
+        if name not in MODELS:
+            raise StartError(f"{source} does not exist; allowed: {', '.join(BUILTIN + known for known in MODELS)}.")
+        texts = enumerate(generated(name, role, seed), 1)
+        return (Document({"text": text}, f"{source}:{number}") for number, text in texts)
+    path = base / Path(source).expanduser()
+    if path.is_dir():
+        raise StartError(f"{path} is a folder; allowed: a .txt or .jsonl file.")
+    if path.suffix.lower() == ".txt":
+        return _whole(_existing(path))
+    if path.suffix.lower() == ".jsonl":
+        return _lines(_existing(path))
+    if path.exists():
+        raise StartError(f"{path} is neither a .txt nor a .jsonl file.")
+    return _hub(source, role)
+
+
+def records(source: str, base: Path) -> Iterator[Document]:
+    """The lines of a task's file, or a builtin model's own test items."""
+    if source.startswith(BUILTIN):
+        from compress.builtin import items as generated
+
+        for number, fields in enumerate(generated(), 1):
+            yield _checked(fields, f"{source}:{number}")
+    else:
+        path = base / Path(source).expanduser()
+        if path.suffix.lower() != ".jsonl":
+            raise StartError(f"{path}: test items are lines of a .jsonl file.")
+        yield from _lines(_existing(path))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise StartError(f"{path}: no such file.{nearest_file(path)}")
+    return path
+
+
+def _decoded(content: bytes, path: Path, offset: int) -> str:
+    """`content`, which begins at byte `offset` of the file, as text."""
+    try:
+        return content.decode("utf-8-sig" if offset == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        byte, at = content[error.start], offset + error.start
+        raise CompressError(f"{path}: not UTF-8 text: byte 0x{byte:02x} at offset {at}.") from None
+
+
+def _whole(path: Path) -> Iterator[Document]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CompressError(f"{path}: cannot be read ({error.strerror}).") from error
+    yield Document({"text": _decoded(content, path, 0)}, f"{path}:1")
+
+
+def _lines(path: Path) -> Iterator[Document]:
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                text = _decoded(line, path, offset)
+                offset += len(line)
+                if text.strip():
+                    yield _checked(_json(text, f"{path}:{number}"), f"{path}:{number}")
+    except OSError as error:
+        raise CompressError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _json(text: str, origin: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise CompressError(f"{origin}: nested too deeply.") from None
+    except ValueError as error:
+        reason = getattr(error, "msg", None) or str(error)
+        at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        raise CompressError(f"{origin}: not a line of JSON: {reason}{at}: {yaml_words(text.strip())}.") from None
+
+
+def _checked(fields: Any, origin: str) -> Document:
+    """The document of one line's fields, of which a known set must be complete and of the right types."""
+    if not isinstance(fields, dict):
+        raise CompressError(f"{origin}: {yaml_words(fields)} is not a mapping of fields; allowed: {_ALLOWED}.")
+    kind = next((kind for kind, needed in KINDS.items() if all(name in fields for name in needed)), None)
+    if kind is None:
+        known = sorted({name for needed in KINDS.values() for name in needed})
+        hints = [hint for name in fields if name not in known and (hint := nearest(name, known))]
+        have = ", ".join(str(name) for name in list(fields)[:10]) or "none"
+        raise CompressError(f"{origin}: the fields are {have}; allowed: {_ALLOWED}.{''.join(hints[:1])}")
+    for name in KINDS[kind]:
+        if not _FIELD_TYPES.get(name, _is_text)(fields[name]):
+            allowed = _FIELD_WORDS.get(name, "text")
+            raise CompressError(f"{origin}: {name}: {yaml_words(fields[name])} is not allowed; allowed: {allowed}.")
+    if kind == "choice" and not 0 <= fields["label"] < len(fields["choices"]):
+        last = len(fields["choices"]) - 1
+        raise CompressError(
+            f"{origin}: label: {fields['label']} is not allowed; allowed: 0 to {last}, the index of the right choice."
+        )
+    return Document(fields, origin)
+
+
+def _is_text(value: Any) -> bool:
+    # Half a surrogate pair ("\ud800" is valid JSON) is no character, and tokenizers fail on it.
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, dict) and _is_text(part.get("role")) and "content" in part for part in value)
+    )
+
+
+def _are_choices(value: Any) -> bool:
+    return isinstance(value, list) and len(value) >= 2 and all(_is_text(choice) for choice in value)
+
+
+_FIELD_TYPES: dict[str, Callable[[Any], bool]] = {
+    "messages": _are_messages,
+    "choices": _are_choices,
+    "label": lambda value: isinstance(value, int) and not isinstance(value, bool),
+}
+_FIELD_WORDS = {
+    "messages": "a list of {role, content}",
+    "choices": "a list of two texts or more",
+    "label": "the index of the right choice",
+}
+
+_SPLITS = {"calibration": ("train",), "training": ("train",), "evaluation": ("test", "validation")}
+
+
+def _hub(source: str, role: str) -> Iterator[Document]:
+    """Rows of a Hugging Face dataset: `id`, `id:configuration` or `id:configuration:split`, streamed.
+
+    Without a split: train; for evaluation test, else validation.
+    """
+    name, _, rest = source.partition(":")
+    configuration, _, split = rest.partition(":")
+    rows, chosen = _open_dataset(source, name, configuration or None, (split,) if split else _SPLITS[role])
+
+    def read() -> Iterator[Document]:
+        for number, row in enumerate(rows, 1):
+            yield _checked(dict(row), f"{source}:{chosen}:{number}")
+
+    return read()
+
+
+def _open_dataset(
+    source: str, name: str, configuration: str | None, splits: Iterable[str]
+) -> tuple[Iterable[Mapping[str, Any]], str]:
+    import datasets
+
+    try:
+        available = datasets.get_dataset_split_names(name, configuration)
+        chosen = next((split for split in splits if split in available), None)
+        if chosen is None:
+            have = ", ".join(available)
+            raise StartError(
+                f"{source}: has no split {' or '.join(splits)}; it has {have}. "
+                f"Name one: {name}:{configuration or ''}:SPLIT."
+            )
+        return datasets.load_dataset(name, configuration, split=chosen, streaming=True), chosen
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise StartError(
+            f"{source}: no such file here, and as a Hugging Face dataset it needs the hub, which cannot be reached "
+            f"or does not have it ({type(error).__name__}: {reason}). Local .txt and .jsonl files need no network."
+        ) from error

@@ -1,0 +1,77 @@
+"""The one engine: block after block is loaded, changed, measured, kept, and let go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compress.calibration import BlockCalibration, CalibrationStream
+from compress.errors import CompressError, StartError
+from compress.model import Block, ModelHandle
+from compress.passes.base import Context, PassResult
+
+if TYPE_CHECKING:
+    from compress.passes.base import BlockPass
+
+
+def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
+    """Runs `pass_.compress_block` on every block in order; each sees the text as the blocks before it now make it.
+
+    A block that `context.stage` already holds is taken from there, so that a killed run continues where it was.
+    Memory: one block, what the pass accumulates for it, the stream's hidden states, and one batch.
+    """
+    coverage = check_coverage(pass_, model, context.min_coverage)
+    stream = None
+    if pass_.needs_calibration:
+        if context.calibration is None:
+            raise StartError(f"{pass_.name} needs calibration text.")
+        stream = CalibrationStream(model, context.calibration, context.tokens_per_batch)
+    records: list[dict[str, Any]] = []
+    with context.progress.step(pass_.name, total=len(model.block_list())) as step:
+        for block in model.blocks():
+            kept = context.stage.kept(block) if context.stage else None
+            if kept is not None:
+                assert context.stage is not None
+                block.restore(*context.stage.read(block, model.device))
+                record = kept
+            else:
+                record = _change(pass_, block, stream)
+            if stream is not None:
+                stream.advance(block)
+            block.seal()
+            if kept is None and context.stage is not None:
+                context.stage.keep(block, record)
+            records.append(record)
+            step.advance(block.name)
+    return PassResult(model, records, coverage)
+
+
+def _change(pass_: BlockPass, block: Block, stream: CalibrationStream | None) -> dict[str, Any]:
+    calibration = BlockCalibration(block, stream) if stream is not None else None
+    metrics = pass_.compress_block(block, calibration)
+    error = calibration.error() if calibration is not None else None
+    return {"name": block.name, "error": error, **metrics}
+
+
+def check_coverage(pass_: BlockPass, model: ModelHandle, least: float) -> float:
+    """The share of the blocks' matrix weights that the pass will change, known from shapes before any work."""
+    total = changed = selected_layers = 0
+    left_out: dict[str, int] = {}
+    for block in model.block_list():
+        layers = block.layers(pass_.targets, pass_.skip)
+        selected_layers += len(layers)
+        total += block.matrix_weights()
+        changed += sum(layer.module.weight.numel() for layer in layers.values())
+        for name, parameter in block.module.named_parameters():
+            if parameter.dim() >= 2 and name.removesuffix(".weight") not in layers:
+                left_out[name] = left_out.get(name, 0) + parameter.numel()
+    if not selected_layers:
+        names = ", ".join(model.block_list()[0].layers()) or "none that this pass can change"
+        raise StartError(f"{pass_.name}: no layer is selected; a block's layers are: {names}.")
+    coverage = changed / total
+    if coverage < least:
+        worst = sorted(left_out, key=lambda name: -left_out[name])[:6]
+        raise CompressError(
+            f"{pass_.name} reaches only {coverage:.0%} of the weights in the blocks' matrices, and min_coverage is "
+            f"{least:.0%}. Left out: {', '.join(worst)}. Set min_coverage lower to go on all the same."
+        )
+    return coverage
