@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os.path
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,7 +258,7 @@ def _packed(reading: _Reading, entry: DataEntry, length: int, place: str) -> tup
 
 
 def _local(source: str) -> bool:
-    return source == "python" or Path(source).suffix.lower() in (".txt", ".jsonl") or Path(source).exists()
+    return source == "python" or Path(source).suffix.lower() in (".txt", ".jsonl") or os.path.exists(source)
 
 
 def _apart(reading: _Reading, entry: DataEntry, length: int, place: str) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -18,13 +18,14 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from compress.checkpoint import TensorSource
 from compress.errors import CompressError, StartError, nearest
 from compress.formats import packed
 from compress.formats.compressed_tensors import read_specs
 from compress.formats.folder import HISTORY
-from compress.maths.grid import QuantSpec
+from compress.maths.grid import SCALE_DTYPES, QuantSpec
 from compress.nn.quant_linear import QuantLinear
 
 
@@ -84,14 +85,16 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, architecture: str | N
     """
     cls = model_class(config, architecture)
     config = deepcopy(config)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+    # What from_pretrained does: only the modules that own such buffers are initialised, once these are off meta
+    for module in model.modules():
+        module._is_hf_initialized = True
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, last = name.rpartition(".")
-        model.get_submodule(path)._buffers[last] = torch.empty_like(buffer, device="cpu")
-    for module in model.modules():
-        # The parameters are on meta, where initialising them costs and does nothing: only those buffers are filled
-        module._is_hf_initialized = False
+        owner = model.get_submodule(path)
+        owner._buffers[last] = torch.empty_like(buffer, device="cpu")
+        owner._is_hf_initialized = False
     model.initialize_weights()
     return model.requires_grad_(False).eval()
 
@@ -145,16 +148,16 @@ def _place(model: PreTrainedModel, source: TensorSource, specs: dict[str, QuantS
         said += [f"not expected: {', '.join(unexpected[:5])}"] if unexpected else []
         raise CompressError(f"{source.folder}: the tensors do not fit {type(model).__name__} ({'; '.join(said)}).")
     for name, old in wanted.items():
-        info = source.info(name)
-        if info.shape != tuple(old.shape):
-            raise CompressError(
-                f"{source.folder}: {name} has the shape {list(info.shape)}, expected {list(old.shape)}."
-            )
         path, _, last = name.rpartition(".")
         parent = model.get_submodule(path)
-        tensor = source.read(name)
-        keep = (isinstance(parent, QuantLinear) and last != "bias") or not tensor.is_floating_point()
-        tensor = tensor.to(device, tensor.dtype if keep else old.dtype)
+        stored = isinstance(parent, QuantLinear) and last != "bias"  # kept as it is in the file
+        info = source.info(name)
+        if info.shape != tuple(old.shape) or (stored and info.dtype != old.dtype):
+            raise CompressError(
+                f"{source.folder}: {name} is {_word(info.dtype)} {list(info.shape)}; "
+                f"{type(model).__name__} needs {_word(old.dtype)} {list(old.shape)}."
+            )
+        tensor = source.read(name).to(device, old.dtype)
         if isinstance(old, nn.Parameter):
             parent._parameters[last] = nn.Parameter(tensor, requires_grad=False)
         else:
@@ -181,7 +184,14 @@ def _with_scale_dtype(spec: QuantSpec, source: TensorSource, layer: str) -> Quan
     name = f"{layer}.weight_scale"
     if name not in source:
         raise CompressError(f"{source.folder}: {name} is missing, though {layer} is said to be packed.")
-    return replace(spec, scale_dtype=str(source.info(name).dtype).removeprefix("torch."))
+    dtype = _word(source.info(name).dtype)
+    if dtype not in SCALE_DTYPES:
+        raise CompressError(f"{source.folder}: {name} is {dtype}; scales are one of {', '.join(SCALE_DTYPES)}.")
+    return replace(spec, scale_dtype=dtype)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _config(folder: Path) -> PretrainedConfig:

@@ -141,9 +141,11 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def _are_blocks(modules: nn.ModuleList) -> bool:
-    return all(
-        len(list(child.children())) > 1 and any(p.dim() >= 2 for p in child.parameters()) for child in modules
-    )
+    return all(len(list(child.children())) > 1 and _has_matrices(child) for child in modules)
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    return any(p.dim() >= 2 for p in module.parameters()) or any(isinstance(m, QuantLinear) for m in module.modules())
 
 
 def place_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:

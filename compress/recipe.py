@@ -231,8 +231,9 @@ def _build(document: Document, name: str, overrides: Sequence[str], replaced: Ma
     apart = ("passes", "data", "benchmark")
     shell = check.build(Recipe, {key: value for key, value in values.items() if key not in apart}, ())
     passes = check.passes(values.get("passes"))
-    model, seed = values.get("model"), shell.seed if shell else 0
-    home = model if isinstance(model, str) and model.startswith("builtin:") else None
+    model = check.model(("model",), shell.model, tuple(MODELS)) if shell else ""
+    home = model if model in [f"builtin:{known}" for known in MODELS] else None
+    seed = shell.seed if shell else 0
     data = _data(check, values.get("data"), home, seed, tuple(MODELS))
     benchmark = _benchmark(check, values.get("benchmark"), home, tuple(MODELS))
     check.raise_problems()
@@ -241,7 +242,7 @@ def _build(document: Document, name: str, overrides: Sequence[str], replaced: Ma
     assert benchmark is not None
     output = shell.output or f"runs/{name}"
     update = {
-        "model": check.model(("model",), shell.model, tuple(MODELS)),
+        "model": model,
         "data": data,
         "passes": tuple(passes),
         "benchmark": benchmark,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os.path
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"{value} is not a value that a recipe can hold")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise TypeError(f"{type(value).__name__} is not a value that a recipe can hold")
@@ -42,8 +45,8 @@ class Checker:
         self.document = document
         self.problems: list[str] = []
 
-    def problem(self, place: Place, sentence: str) -> None:
-        self.problems.append(self.document.where(place) + sentence)
+    def problem(self, place: Place, sentence: str, inside: bool = False) -> None:
+        self.problems.append(self.document.where(place, inside) + sentence)
 
     def raise_problems(self) -> None:
         if self.problems:
@@ -60,7 +63,7 @@ class Checker:
             return cls.model_validate_json(json.dumps(plain(value)), strict=True)
         except ValidationError as error:
             for found, sentence in _sentences(error, cls, value):
-                self.problem((*place, *found), sentence)
+                self.problem((*place, *found), sentence, inside=bool(place or found))
         except (CompressError, TypeError) as error:
             self.problem(place, str(error))
         return None
@@ -110,8 +113,8 @@ class Checker:
             self._builtin(place, model, builtin)
             return model
         path = self.path(place, model)
-        if path.exists():
-            if not path.is_dir():
+        if os.path.exists(path):
+            if not os.path.isdir(path):
                 self.problem(place, f"{path} is a file; a model is a folder, a hub id or builtin:{builtin[0]}.")
             return str(path)
         if looks_like_path(model):
@@ -124,13 +127,13 @@ class Checker:
             self._builtin(place, source, builtin)
             return source
         path = self.path(place, source)
-        if path.is_dir():
+        if os.path.isdir(path):
             self.problem(place, f"{path} is a folder; allowed: a .txt or .jsonl file, builtin:{builtin[0]}.")
         elif path.suffix.lower() in (".txt", ".jsonl"):
-            if not path.exists():
+            if not os.path.exists(path):
                 self.problem(place, f"no such file: {path}.{nearest_file(path)}")
             return str(path)
-        elif path.exists():
+        elif os.path.exists(path):
             self.problem(place, f"{path} is neither a .txt nor a .jsonl file.")
         elif looks_like_path(source) or not hub:
             near = nearest_file(path) or nearest(source, [f"builtin:{name}" for name in builtin])
@@ -139,8 +142,7 @@ class Checker:
 
     def path(self, place: Place, text: str) -> Path:
         """`text` as an absolute path: from the recipe's folder, in overrides from the working folder."""
-        path = Path(text).expanduser() if text.startswith("~") else Path(text)
-        return Path(os.path.normpath((self.document.base_of(place) / path).absolute()))
+        return Path(os.path.abspath(self.document.base_of(place) / os.path.expanduser(text)))
 
     def _builtin(self, place: Place, source: str, builtin: Sequence[str]) -> None:
         allowed = [f"builtin:{name}" for name in builtin]
@@ -201,8 +203,10 @@ def _sentence(place: Place, findings: list[Any], cls: type[BaseModel]) -> str:
         allowed = allowed_words(field)
     else:
         words = [_EXPECTED.get(item["type"].split("_")[0], item["msg"].lower()) for item in findings]
-        allowed = " or ".join(dict.fromkeys(words))
-    near = nearest(first["input"], allowed.split(", ")) if isinstance(first["input"], str) else ""
+        both = {"a whole number"} if "a number" in words else set()
+        allowed = " or ".join(word for word in dict.fromkeys(words) if word not in both)
+    names = allowed.split(", ")
+    near = nearest(first["input"], names) if isinstance(first["input"], str) and first["input"] not in names else ""
     return f"{shown} is not allowed; allowed: {allowed}.{near}"
 
 

@@ -9,6 +9,7 @@ deep nesting and aliases that multiply are refused.
 from __future__ import annotations
 
 import copy
+import os.path
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -55,6 +56,7 @@ class _Reader:
     """
 
     def __init__(self, text: str, label: str, numbered: bool):
+        self.text = text
         self.label = label
         self.numbered = numbered
         self.lines: dict[Place, int] = {}
@@ -86,6 +88,9 @@ class _Reader:
             problem = " ".join(str(error.problem or error.context).split())
             problem = problem if len(problem) <= 120 else problem[:117] + "..."
             raise self.error(mark.line if mark else 0, f"not valid YAML: {problem}.") from None
+        except yaml.reader.ReaderError as error:
+            line = self.text.count("\n", 0, error.position)
+            raise self.error(line, f"not a text: it contains the character U+{error.character:04X}.") from None
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             problem = " ".join(str(error).split())[:120]
             raise RecipeError(f"{self.label}: not valid YAML: {problem}.") from None
@@ -176,19 +181,13 @@ def parse_yaml(text: str, label: str, numbered: bool = True) -> tuple[Any, dict[
 
     `label` begins every message (a file's name, or a `--set`). Raises RecipeError.
     """
-    try:
-        reader = _Reader(text, label, numbered)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        where = f"{label}:{line}" if numbered else label
-        character = f"U+{ord(text[error.position]):04X}"
-        raise RecipeError(f"{where}: not a text: it contains the character {character}.") from None
+    reader = _Reader(text, label, numbered)
     return reader.read(), reader.lines
 
 
 def read_text(path: Path) -> str:
     """The text of a recipe file. Raises StartError where there is none, RecipeError where it is no text."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise RecipeError(f"{path}: is a folder; a recipe is a YAML file.")
     try:
         with path.open("rb") as file:
@@ -243,9 +242,15 @@ class Document:
         """The place of the override that `place` came from: the longest one that leads to it."""
         return next((place[:n] for n in range(len(place), -1, -1) if place[:n] in self.overrides), None)
 
-    def where(self, place: Place) -> str:
-        """How a message about `place` begins: `recipe.yaml:12: passes.0.gptq.bits: `, `--set passes.gptq.bits=5: `."""
-        if (source := self._override(place)) is not None:
+    def where(self, place: Place, inside: bool = False) -> str:
+        """How a message about `place` begins: `recipe.yaml:12: passes.0.gptq.bits: `, `--set passes.gptq.bits=5: `.
+
+        With `inside`, an override of something inside `place` is named too.
+        """
+        source = self._override(place)
+        if source is None and inside:
+            source = next((below for below in self.overrides if below[: len(place)] == place), None)
+        if source is not None:
             label = self.overrides[source]
             return f"{label}: " if source == place else f"{label}: {dotted(place)}: "
         name = f"{dotted(place)}: " if place else ""

@@ -183,11 +183,13 @@ def allowed_words(field: FieldInfo) -> str:
 def _allowed(annotation: Any, metadata: list[Any]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _allowed(arguments[0], [*metadata, *arguments[1:]])
+        inner = [part for item in arguments[1:] for part in getattr(item, "metadata", [item])]
+        return _allowed(arguments[0], [*metadata, *inner])
     if origin is Literal:
         return ", ".join(value if isinstance(value, str) else yaml_words(value) for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_allowed(part, metadata) for part in arguments))
+        parts = [part for part in arguments if not (part is int and float in arguments)]
+        return " or ".join(dict.fromkeys(_allowed(part, metadata) for part in parts))
     if origin in (list, tuple, set, frozenset):
         inner = [part for part in arguments if part is not Ellipsis]
         return f"a list of {type_words(inner[0])}" if inner else "a list"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from compress.passes.base import Pass
@@ -89,6 +89,27 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character, ids within `tiny_model`'s vocabulary; `<bos>` is 1, `<eos>` 2."""
+    import string
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    characters = ["<pad>", "<bos>", "<eos>", "<unk>", *string.ascii_letters, *string.digits, *" .,;:!?'-\n"]
+    vocabulary = {character: index for index, character in enumerate(characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def small_options(cls: type[Pass]) -> dict[str, Any]:
+    """Options with which a pass fits `tiny_model`, where its defaults do not (a group of 128 in 32 columns)."""
+    return {"group_size": 16} if "group_size" in cls.model_fields else {}
 
 
 def tiny_tokens(samples: int = 8, length: int = 32, seed: int = 0) -> torch.Tensor:

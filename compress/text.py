@@ -6,6 +6,7 @@ Everything is streamed: a file is never held as a whole, except a .txt, which is
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,14 +93,14 @@ def documents(source: str, base: Path, role: str = "calibration", seed: int = 0)
             raise StartError(f"{source} does not exist; allowed: {', '.join(BUILTIN + known for known in MODELS)}.")
         texts = enumerate(generated(name, role, seed), 1)
         return (Document({"text": text}, f"{source}:{number}") for number, text in texts)
-    path = base / Path(source).expanduser()
-    if path.is_dir():
+    path = base / os.path.expanduser(source)
+    if os.path.isdir(path):
         raise StartError(f"{path} is a folder; allowed: a .txt or .jsonl file.")
     if path.suffix.lower() == ".txt":
         return _whole(_existing(path))
     if path.suffix.lower() == ".jsonl":
         return _lines(_existing(path))
-    if path.exists():
+    if os.path.exists(path):
         raise StartError(f"{path} is neither a .txt nor a .jsonl file.")
     return _hub(source, role)
 
@@ -112,14 +113,14 @@ def records(source: str, base: Path) -> Iterator[Document]:
         for number, fields in enumerate(generated(), 1):
             yield _checked(fields, f"{source}:{number}")
     else:
-        path = base / Path(source).expanduser()
+        path = base / os.path.expanduser(source)
         if path.suffix.lower() != ".jsonl":
             raise StartError(f"{path}: test items are lines of a .jsonl file.")
         yield from _lines(_existing(path))
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    if not os.path.exists(path):
         raise StartError(f"{path}: no such file.{nearest_file(path)}")
     return path
 
@@ -148,7 +149,7 @@ def _lines(path: Path) -> Iterator[Document]:
             for number, line in enumerate(file, 1):
                 text = _decoded(line, path, offset)
                 offset += len(line)
-                if text.strip():
+                if text := text.strip():
                     yield _checked(_json(text, f"{path}:{number}"), f"{path}:{number}")
     except OSError as error:
         raise CompressError(f"{path}: cannot be read ({error.strerror}).") from error
@@ -162,7 +163,7 @@ def _json(text: str, origin: str) -> Any:
     except ValueError as error:
         reason = getattr(error, "msg", None) or str(error)
         at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        raise CompressError(f"{origin}: not a line of JSON: {reason}{at}: {yaml_words(text.strip())}.") from None
+        raise CompressError(f"{origin}: not a line of JSON: {reason}{at}: {yaml_words(text)}.") from None
 
 
 def _checked(fields: Any, origin: str) -> Document:
@@ -228,8 +229,13 @@ def _hub(source: str, role: str) -> Iterator[Document]:
     rows, chosen = _open_dataset(source, name, configuration or None, (split,) if split else _SPLITS[role])
 
     def read() -> Iterator[Document]:
-        for number, row in enumerate(rows, 1):
-            yield _checked(dict(row), f"{source}:{chosen}:{number}")
+        try:
+            for number, row in enumerate(rows, 1):
+                yield _checked(dict(row), f"{source}:{chosen}:{number}")
+        except CompressError:
+            raise
+        except Exception as error:  # network and parser errors of many kinds
+            raise CompressError(f"{source}: reading the dataset failed ({_reason(error)}).") from error
 
     return read()
 
@@ -249,9 +255,15 @@ def _open_dataset(
                 f"Name one: {name}:{configuration or ''}:SPLIT."
             )
         return datasets.load_dataset(name, configuration, split=chosen, streaming=True), chosen
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except CompressError:
+        raise
+    except Exception as error:  # of datasets, huggingface_hub and the network library below them
         raise StartError(
             f"{source}: no such file here, and as a Hugging Face dataset it needs the hub, which cannot be reached "
-            f"or does not have it ({type(error).__name__}: {reason}). Local .txt and .jsonl files need no network."
+            f"or does not have it ({_reason(error)}). Local .txt and .jsonl files need no network."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:197] + '...'}"

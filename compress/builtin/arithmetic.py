@@ -32,7 +32,7 @@ class Sum:
     def answer(self) -> str:
         """Return the working and the result.
 
-        47+85 gives "7+5=12, write 2, carry 1. 4+8+1=13, write 3, carry 1. So 132."
+        47+85 gives "7+5=12, carry 1. 4+8+1=13, carry 1. So 132."
         """
         steps = []
         carry = 0
@@ -41,14 +41,13 @@ class Sum:
             if self.sign == "+":
                 total = a + b + carry
                 working = f"{a}+{b}" + ("+1" if carry else "") + f"={total}"
-                digit, carry = total % 10, total // 10
-                word = "carry"
+                carry, word = total // 10, "carry"
             else:
                 borrow = int(a - carry < b)
                 digit = a - carry + 10 * borrow - b
                 working = f"{'1' if borrow else ''}{a}-{b}" + ("-1" if carry else "") + f"={digit}"
                 carry, word = borrow, "borrow"
-            steps.append(f"{working}, write {digit}" + (f", {word} 1." if carry else "."))
+            steps.append(f"{working}" + (f", {word} 1." if carry else "."))
         return f"{' '.join(steps)} So {self.result}."
 
 

@@ -97,11 +97,11 @@ def _arithmetic(rng: random.Random, split: str) -> str:
 
 # kind of document: its weight in the mix
 _DOCUMENTS: dict[Callable[[random.Random, str], str], int] = {
-    _grammar: 3,
-    _stories: 5,
-    _profile: 4,
-    _facts: 4,
-    _fact_questions: 5,
+    _grammar: 2,
+    _stories: 6,
+    _profile: 3,
+    _facts: 3,
+    _fact_questions: 4,
     _two_hop: 5,
     _arithmetic: 5,
 }

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from compress.builtin import documents
 VOCABULARY = 1024
 CONTEXT = 512
 WINDOW = 256
-BATCH = 8
+BATCH = 16
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
 
@@ -109,6 +110,38 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of the blocks and AdamW for the rest, as the one optimizer that a trainer takes.
+
+    Muon makes about twice as much of each token here, which is what counts on a CPU.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+        ids = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in ids]
+        self.parts: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(matrices, lr=6e-3, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0, betas=(0.9, 0.98)),
+        )
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> None:
+        """Step both; the learning rates are read from the shared groups."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of both."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load both; loading replaces their groups, so the shared list is made anew."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
 def train(output: Path, steps: int, seed: int) -> None:
     """Train tokenizer and model and write both to `output`; checkpoints go to `output/checkpoints`."""
     set_seed(seed)
@@ -120,26 +153,24 @@ def train(output: Path, steps: int, seed: int) -> None:
         output_dir=str(output / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
-        learning_rate=1.5e-3,
         # A level rate, then a cosine decay over the last quarter: until the decay begins, runs of different
         # lengths are the same run, so a run can be continued with another --steps than it was started with.
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": steps // 4, "decay_type": "cosine"},
-        warmup_steps=min(100, steps // 10),
+        warmup_steps=min(50, steps // 10),
         train_sampling_strategy="sequential",
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        optim="adamw_torch",
         bf16=True,  # autocast: the weights stay fp32; on CPUs with bf16 instructions twice as fast
         use_cpu=True,
         seed=seed,
-        logging_steps=100,
-        save_steps=500,
+        logging_steps=20,
+        save_steps=100,
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Windows(windows))
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=Windows(windows), optimizers=(MuonAdamW(model), None)
+    )
     checkpoints = Path(arguments.output_dir)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
@@ -158,7 +189,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description="Train the embedded model `tiny` again.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--steps", type=int, default=6000, help=f"steps of {BATCH} x {WINDOW} tokens")
+    parser.add_argument("--steps", type=int, default=1500, help=f"steps of {BATCH} x {WINDOW} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()

@@ -1,16 +1,12 @@
 """The words of the small world: plain data, written by hand for this project."""
 
 WOMEN = (
-    "Ada Agnes Alma Astrid Bea Blanche Brita Celia Clara Cora Delia Dora Edith Elin Elsa Emma Erna Etta Eva "
-    "Fay Flora Gerda Gilda Gina Gwen Hanna Hedda Helen Ida Ilse Ines Iris Irma Ivy Jana Joan Judith Juno "
-    "Katya Kira Lara Lea Lia Lilly Lotte Lydia Mara Maud Mila Mona Myra Nadia Nell Nina Olga Paula Pia Polly Rhea "
-    "Rosa Runa Sally Selma Susan Tessa Thea Uma Ursula Wanda Yara"
+    "Ada Alma Bea Celia Cora Dora Elsa Erna Eva Gerda Gina Hanna Ida Ines Irma Joan Juno Kira Lia Lotte "
+    "Mara Mona Nadia Nina Pia Rhea Runa Susan Thea Ursula"
 ).split()
 MEN = (
-    "Abel Adam Albin Amos Anton Aron Arthur Basil Ben Boris Caleb Carl Conrad Cyril Daniel Davin Dennis Egon "
-    "Elias Enzo Eric Felix Finn Frank Gerald Gregor Hans Harald Henry Hugo Igor Ivan Jack Jasper Jens Jonas "
-    "Karl Kevin Kurt Lars Levi Linus Magnus Malte Marco Milo Moritz Nils Noah Omar Oren Oscar Paul Pavel "
-    "Quinn Ralf Robin Rolf Rufus Silas Simon Tarik Theo Tobias Udo Ulf Victor Walter Yorick Yusuf"
+    "Abel Albin Anton Basil Boris Carl Daniel Dennis Elias Felix Frank Gregor Henry Igor Jack Jonas "
+    "Kevin Lars Magnus Marco Moritz Omar Oscar Pavel Robin Rufus Simon Tobias Ulf Walter"
 ).split()
 TOWNS = (
     "Harrow Brindle Calder Dunmore Elstow Fenwick Garth Holm Ivel Kelby "

@@ -1,7 +1,7 @@
 """The small world: its people, towns and facts, and the rule that keeps the splits of its text apart.
 
-The facts are fixed (one seed, `WORLD_SEED`), so that a small model can learn them by heart. The text about them
-is unlimited: see `compress.builtin.text`.
+The facts are fixed (one seed, `WORLD_SEED`), so that a small model can learn them by heart. The text about
+them is unlimited: see `compress.builtin.text`.
 """
 
 import functools
@@ -98,59 +98,39 @@ RELATIONS = {
     "home": Relation(
         tuple(words.TOWNS),
         "Where does {s} live?",
-        ("{s} lives in {v}.", "{p} home is in {v}.", "{v} is where {s} lives.", "{s} has a house in {v}."),
+        ("{s} lives in {v}.", "{p} home is in {v}.", "{v} is where {s} lives."),
         of="the home of {s}",
     ),
     "job": Relation(
         tuple(words.JOBS),
         "What is the job of {s}?",
-        ("{s} works as {av}.", "{s} is {av}.", "{p} job is that of {av}.", "{s} earns money as {av}."),
+        ("{s} works as {av}.", "{s} is {av}.", "{p} job is that of {av}."),
     ),
     "pet": Relation(
         tuple(words.PETS),
         "Which animal does {s} keep?",
-        (
-            "{s} keeps {av}.",
-            "{p} pet is {av}.",
-            "{s} has {av} at home.",
-            "The animal that {s} keeps is {av}.",
-        ),
+        ("{s} keeps {av}.", "{p} pet is {av}.", "{s} has {av} at home."),
     ),
     "colour": Relation(
         tuple(words.COLOURS),
         "Which colour does {s} like best?",
-        (
-            "{s} likes {v} best.",
-            "{p} favourite colour is {v}.",
-            "{s} always wears {v}.",
-            "{s} loves the colour {v}.",
-        ),
+        ("{s} likes {v} best.", "{p} favourite colour is {v}.", "{s} always wears {v}."),
     ),
     "food": Relation(
         tuple(words.FOODS),
         "What does {s} like to eat?",
-        ("{s} likes to eat {v}.", "{p} favourite food is {v}.", "{s} eats {v} every day.", "{s} loves {v}."),
+        ("{s} likes to eat {v}.", "{p} favourite food is {v}.", "{s} eats {v} every day."),
     ),
     "friend": Relation(
         _NAMES,
         "Who is the friend of {s}?",
-        (
-            "The friend of {s} is {v}.",
-            "{p} friend is {v}.",
-            "{s} and {v} are friends.",
-            "{s} often visits {v}.",
-        ),
+        ("The friend of {s} is {v}.", "{p} friend is {v}.", "{s} and {v} are friends."),
         of="the friend of {s}",
     ),
     "teacher": Relation(
         _NAMES,
         "Who is the teacher of {s}?",
-        (
-            "The teacher of {s} is {v}.",
-            "{p} teacher is {v}.",
-            "{s} was taught by {v}.",
-            "{s} learned much from {v}.",
-        ),
+        ("The teacher of {s} is {v}.", "{p} teacher is {v}.", "{s} was taught by {v}."),
         of="the teacher of {s}",
     ),
     "river": Relation(

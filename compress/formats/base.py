@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,6 +39,18 @@ class Contents:
     tokenizer: PreTrainedTokenizerBase | None = None
     history: Sequence[Mapping[str, Any]] = ()
     card: str = ""
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The unquantized architecture, without weights."""
+        from compress.loading import skeleton
+
+        return skeleton(self.config, self.dtype, self.architecture)
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """`layer_kinds` of the unquantized architecture."""
+        return layer_kinds(self.skeleton)
 
     @classmethod
     def of_model(

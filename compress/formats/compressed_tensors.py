@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from compress.checkpoint import write_checkpoint
 from compress.errors import StartError
-from compress.formats.base import Contents, Format, layer_kinds, of_kind
+from compress.formats.base import Contents, Format, of_kind
 from compress.formats.folder import write_ordinary_files
 from compress.maths.grid import QuantSpec
 
@@ -52,11 +53,8 @@ class CompressedTensors(Format):
         return None
 
     def write(self, folder: Path, contents: Contents) -> None:
-        from compress.loading import skeleton
-
         write_checkpoint(folder, contents.tensors, contents.read)
-        kinds = layer_kinds(skeleton(contents.config, contents.dtype, contents.architecture))
-        write_ordinary_files(folder, contents, self.name, quantization_config(contents.quantization, kinds))
+        write_ordinary_files(folder, contents, self.name, quantization_config(contents.quantization, contents.kinds))
 
 
 def quantization_config(specs: Mapping[str, QuantSpec], kinds: Mapping[str, str]) -> dict[str, Any]:
@@ -101,16 +99,17 @@ def read_specs(stored: Any, model: nn.Module) -> dict[str, QuantSpec]:
     if method != "compressed-tensors" or form != FORMAT:
         said = f"{method}, {form}" if form else f"{method}"
         raise StartError(f"The model is quantized as {said}; compress.load reads compressed-tensors, {FORMAT}.")
-    config = QuantizationConfig.model_validate({key: value for key, value in data.items() if key != "dequantize"})
+    try:
+        config = QuantizationConfig.model_validate({key: value for key, value in data.items() if key != "dequantize"})
+    except ValidationError as error:
+        raise StartError(
+            f"The quantization_config is not one that compressed-tensors takes: {error.errors()[0]['msg']}."
+        ) from error
     specs: dict[str, QuantSpec] = {}
     for scheme in config.config_groups.values():
         args = scheme.weights
         if args is None or scheme.input_activations or args.type != "int" or args.strategy not in ("group", "channel"):
             raise StartError(f"compress.load reads weights of integers, per group or channel, and not {scheme}.")
-        if args.actorder not in (None, "static", "weight"):
-            raise StartError(
-                "The folder stores weights in activation order (weight_g_idx), which compress.load does not read."
-            )
         spec = QuantSpec(args.num_bits, args.group_size or -1, args.symmetric)
         for name, module in match_named_modules(model, scheme.targets, config.ignore):
             if isinstance(module, nn.Linear):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from compress.checkpoint import TensorSpec, write_checkpoint
-from compress.formats.base import Contents, Format, layer_kinds
+from compress.formats.base import Contents, Format
 from compress.formats.folder import write_ordinary_files
 from compress.maths.grid import QuantSpec
 from compress.nn.quant_linear import QuantLinear, packed_tensors
@@ -29,19 +29,16 @@ class Dense(Format):
         return None
 
     def write(self, folder: Path, contents: Contents) -> None:
-        from compress.loading import skeleton
-
-        model = skeleton(contents.config, contents.dtype, contents.architecture)
-        write_checkpoint(folder, *_published(model, *_expanded(model, contents)))
+        write_checkpoint(folder, *_published(contents.skeleton, *_expanded(contents)))
         write_ordinary_files(folder, contents, self.name)
 
 
 Tensors = tuple[list[TensorSpec], Callable[[str], Tensor]]
 
 
-def _expanded(model: PreTrainedModel, contents: Contents) -> Tensors:
+def _expanded(contents: Contents) -> Tensors:
     """The tensors as they are without packing, and how to read them."""
-    kinds = layer_kinds(model)
+    model = contents.skeleton
     tensors: list[TensorSpec] = []
     layers: dict[str, str] = {}
     for spec in contents.tensors:
@@ -62,7 +59,7 @@ def _expanded(model: PreTrainedModel, contents: Contents) -> Tensors:
         for part in packed_tensors(packed.in_features, packed.out_features, spec):
             packed.register_buffer(part, contents.read(f"{layer}.{part}"))
         weight = packed.dequantize(contents.dtype)
-        return weight.t().contiguous() if kinds[layer] == "Conv1D" else weight
+        return weight.t().contiguous() if packed.transposed else weight
 
     return tensors, read
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import atomic_write_text, disk_errors, sync_folder
 from compress.errors import StartError
-from compress.formats.base import Contents, Format, layer_kinds
+from compress.formats.base import Contents, Format, of_kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HISTORY = "compress.json"
 SCHEMA_VERSION = 1
@@ -25,16 +30,20 @@ def write_model_folder(folder: str | os.PathLike[str], contents: Contents, forma
     """
     folder = Path(folder)
     form = format if isinstance(format, Format) else _named(format or default_format(contents))
-    reason = form.refuses(contents.dtype, _kinds(contents), contents.quantization)
+    reason = form.refuses(contents.dtype, contents.kinds, contents.quantization)
     if reason:
         raise StartError(f"{folder}: {reason}")
     partial = folder.with_name(folder.name + ".partial")
-    with disk_errors(folder):
-        _remove(partial)
-        partial.mkdir(parents=True)
-        form.write(partial, contents)
-        sync_folder(partial)
-        replace_folder(partial, folder)
+    try:
+        with disk_errors(folder):
+            _remove(partial)
+            partial.mkdir(parents=True)
+            form.write(partial, contents)
+            sync_folder(partial)
+            replace_folder(partial, folder)
+    finally:
+        with contextlib.suppress(OSError):  # what failed must not keep the disk full
+            _remove(partial)
     return folder
 
 
@@ -45,8 +54,7 @@ def default_format(contents: Contents) -> str:
     """
     if not contents.quantization:
         return "dense"
-    kinds = _kinds(contents)
-    return "dense" if any(kinds.get(name) == "Conv1D" for name in contents.quantization) else "compressed-tensors"
+    return "dense" if of_kind("Conv1D", contents.kinds, contents.quantization) else "compressed-tensors"
 
 
 def packed_export_note(contents: Contents) -> str | None:
@@ -71,7 +79,7 @@ def write_ordinary_files(
     if contents.generation_config is not None:
         atomic_write_text(folder / "generation_config.json", contents.generation_config.to_json_string(use_diff=True))
     if contents.tokenizer is not None:
-        contents.tokenizer.save_pretrained(str(folder))
+        _write_tokenizer(folder, contents.tokenizer)
     if contents.card:
         atomic_write_text(folder / "README.md", contents.card)
     history = [dict(entry) for entry in contents.history]
@@ -96,6 +104,15 @@ def replace_folder(new: Path, old: Path) -> None:
     _remove(aside)
 
 
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # the tokenizers library raises no other class for a full disk
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+
+
 def _config(contents: Contents, quantization_config: Mapping[str, Any] | None) -> dict[str, Any]:
     config = deepcopy(contents.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
@@ -107,14 +124,6 @@ def _config(contents: Contents, quantization_config: Mapping[str, Any] | None) -
     if quantization_config is not None:
         data["quantization_config"] = dict(quantization_config)
     return data
-
-
-def _kinds(contents: Contents) -> dict[str, str]:
-    from compress.loading import skeleton
-
-    return (
-        layer_kinds(skeleton(contents.config, contents.dtype, contents.architecture)) if contents.quantization else {}
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -5,8 +5,9 @@ when asymmetric, one zero point. Codes are signed integers `-2**(bits-1) .. 2**(
 
     weight  ~  (code - zero) * scale
 
-This is the convention of the compressed-tensors format, so that what is computed here is what a checkpoint holds. A scale is
-rounded to the dtype it is stored in *before* codes are chosen: the codes then fit the scale that a reader will see.
+This is the convention of the compressed-tensors format, so that what is computed here is what a checkpoint holds. A
+scale is rounded to the dtype it is stored in *before* codes are chosen: the codes then fit the scale that a reader
+will see.
 """
 
 from __future__ import annotations
@@ -41,17 +42,19 @@ class QuantSpec:
         if not 2 <= self.bits <= 8:
             raise StartError(f"bits is {self.bits}: 2 to 8 can be used")
         if self.group_size != -1 and self.group_size < 1:
-            raise StartError(f"group_size is {self.group_size}: use a size of at least 1, or -1 for one scale per channel")
+            raise StartError(
+                f"group_size is {self.group_size}: use a size of at least 1, or -1 for one scale per channel"
+            )
         if self.scale_dtype not in SCALE_DTYPES:
             raise StartError(f"scale_dtype is {self.scale_dtype!r}: one of {', '.join(SCALE_DTYPES)} can be used")
 
     @property
     def qmin(self) -> int:
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
@@ -98,8 +101,8 @@ def find_params(
     ranges are tried as well and the one with the least `sum(importance * (w - rounded)**2)` per group is kept
     (`importance` is `[in]`, for instance the diagonal of a Hessian; all ones if None).
 
-    A group of zeros gets scale 1 and zero 0. A scale too small for its dtype becomes the smallest number that it holds;
-    one too large, or a weight that is not finite, is a CompressError. Groups that do not divide: StartError.
+    A group of zeros gets scale 1 and zero 0. A scale too small for its dtype becomes the smallest number that it
+    holds; one too large, or a weight that is not finite, is a CompressError. Groups that do not divide: StartError.
     """
     rows, columns = weight.shape
     size = spec.columns_per_group(columns)
@@ -170,7 +173,7 @@ def _cover(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def _round(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Codes as floats, `[rows, groups, size]`. The zero point, a whole number, is added after rounding: that is exact."""
+    """Codes as floats, `[rows, groups, size]`. The zero point is added after rounding: that is exact."""
     codes = (grouped / scale.unsqueeze(2)).round_()
     if zero is not None:
         codes += zero.unsqueeze(2)

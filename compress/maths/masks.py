@@ -1,7 +1,7 @@
 """Which weights stay: masks with an exact number of zeros, unstructured or N:M.
 
-Masks are bool, True where a weight is kept. The lowest scores go; between equal scores the one that comes first goes, so a mask
-is the same on every run.
+Masks are bool, True where a weight is kept. The lowest scores go; between equal scores the one that comes first goes,
+so a mask is the same on every run.
 """
 
 from __future__ import annotations
@@ -42,8 +42,16 @@ def parse_pattern(value: object) -> str | None:
     return f"{keep}:{of}"
 
 
+def check_columns(pattern: str | None, columns: int) -> None:
+    """StartError if `pattern` ("n:m") cannot be laid on rows of this many columns."""
+    if pattern is not None and columns % int(pattern.split(":")[1]):
+        raise StartError(
+            f"pattern {pattern} needs a multiple of {pattern.split(':')[1]} columns; the layer has {columns}"
+        )
+
+
 def unstructured_mask(scores: Tensor, sparsity: float, per: str = "row") -> Tensor:
-    """Keep mask `[out, in]` with `floor(sparsity * in)` zeros in each row, or `floor(sparsity * out * in)` in the layer.
+    """Keep mask `[out, in]` with `floor(sparsity * in)` zeros per row, or `floor(sparsity * out * in)` per layer.
 
     `per` is "row" or "layer". NaN in the scores: CompressError. `sparsity` outside 0..1: StartError.
     """
@@ -64,8 +72,7 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     """
     _refuse_nan(scores)
     rows, columns = scores.shape
-    if columns % m:
-        raise StartError(f"pattern {n}:{m} needs a multiple of {m} columns; the layer has {columns}")
+    check_columns(f"{n}:{m}", columns)
     return ~_lowest(scores.reshape(-1, m), m - n).view(rows, columns)
 
 

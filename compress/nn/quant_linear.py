@@ -15,7 +15,7 @@ from compress.maths import grid, packing
 from compress.maths.grid import QuantSpec
 from compress.nn import kernels
 
-_CHUNK_VALUES = 1 << 20  # values unpacked at once: intermediate integers stay at a few MB whatever the layer
+_CHUNK_VALUES = 1 << 18  # values unpacked at once: the temporaries stay in the cache, whatever the layer
 
 
 class QuantLinear(nn.Module):  # type: ignore[misc]
@@ -134,13 +134,18 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         dtype = dtype or self.dtype
         compute = dtype if self.spec.symmetric else self.weight_scale.dtype
         zero = self.zero_point()
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_packed.device)
-        step = max(1, _CHUNK_VALUES // max(1, self.in_features))
-        for start in range(0, self.out_features, step):
-            rows = slice(start, start + step)
+
+        def part(rows: slice) -> Tensor:
             codes = packing.unpack(self.weight_packed[rows], self.spec.bits, self.in_features)
             zero_rows = None if zero is None else zero[rows]
-            weight[rows] = grid.dequantize(codes, self.weight_scale[rows], zero_rows, self.spec, compute)
+            return grid.dequantize(codes, self.weight_scale[rows], zero_rows, self.spec, compute)
+
+        step = max(1, _CHUNK_VALUES // max(1, self.in_features))
+        if step >= self.out_features:
+            return part(slice(None)).to(dtype)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_packed.device)
+        for start in range(0, self.out_features, step):
+            weight[start : start + step] = part(slice(start, start + step))
         return weight
 
     def cache_weight(self, keep: bool) -> None:

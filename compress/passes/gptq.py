@@ -1,37 +1,44 @@
 """GPTQ: round one column at a time, and let the columns still to come make up for the error.
 
-Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022,
-arXiv 2210.17323, algorithm 1. With `H` the Hessian of the layer's output error and `H^-1 = U^T U`, `U` upper triangular: when column
-`j` is rounded from `w_j` to `q_j`, the columns after it move by `-(w_j - q_j) / U_jj * U_jk`, which is the least-squares answer.
+Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", 2022, arXiv 2210.17323, algorithm 1. Let `H` be the Hessian of the layer's output error, and
+`H^-1 = U^T U` with `U` upper triangular. When column `j` is rounded from `w_j` to `q_j`, each column `k` after it
+moves by `-(w_j - q_j) / U_jj * U_jk`, the least-squares answer.
 
-A worked example, two columns of one row, grid of whole numbers, `H = [[2, 1], [1, 2]]`, no damping. `U_01 / U_00` is `-1/2`: if
-`w_0 = 0.4` is rounded to 0, the error 0.4 moves `w_1` by `0.4 * 1/2`, from 0.4 to 0.6, which is rounded to 1. The codes are
-`[0, 1]` with output error `e H e^T = 0.56`; rounding to nearest gives `[0, 0]` and `0.96`.
+A worked example: one row of two columns, the grid of whole numbers, `H = [[2, 1], [1, 2]]`, no damping.
+`U_01 / U_00` is `-1/2`: when `w_0 = 0.4` is rounded to 0, its error moves `w_1` by `0.4 / 2`, from 0.4 to 0.6, which is
+rounded to 1. The codes are `[0, 1]`, and the output error `e H e^T` is 0.56; rounding to nearest: `[0, 0]` and 0.96.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params, quantize, spec_for
+from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params, spec_for
 from compress.maths.hessian import Hessian, NotPositiveDefinite, inverse_cholesky
-from compress.passes.base import BlockPass
+from compress.passes.base import BlockPass, LayerShape
 from compress.passes.rtn import relative_weight_error, round_to_nearest
+
+if TYPE_CHECKING:
+    from compress.calibration import BlockCalibration
+    from compress.model import Block, Layer
 
 
 @dataclass(frozen=True)
 class GPTQResult:
     """A rounded weight.
 
-    codes: int8 `[out, in]`, in the weight's own order of columns; scale: `[out, groups]`; zero: int8 `[out, groups]` or None.
-    damping: the fraction of the mean diagonal that was added. loss: squared error of the layer's output relative to
-    its squared output, on the tokens of the Hessian. fallback: why the weight was rounded to nearest instead, or None.
+    codes: int8 `[out, in]`, in the weight's own order of columns. scale: `[out, groups]`.
+    zero: int8 `[out, groups]`, or None. damping: the fraction of the mean diagonal that was added.
+    loss: squared error of the layer's output relative to its squared output, on the tokens of the Hessian.
+    fallback: why the weight was rounded to nearest instead, or None.
     """
 
     codes: Tensor
@@ -40,6 +47,25 @@ class GPTQResult:
     damping: float
     loss: float
     fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`upper`: `U` of the Hessian with its columns in `order` `[in]`, that of rounding; `damping`: as used."""
+
+    upper: Tensor
+    order: Tensor
+    damping: float
+
+
+def factorise(hessian: Tensor, act_order: bool, damping: float) -> Factor:
+    """What `gptq` needs of a Hessian, whatever the weight. NotPositiveDefinite if no damping helps."""
+    if not act_order:
+        upper, damping = inverse_cholesky(hessian, damping)
+        return Factor(upper, torch.arange(len(hessian), device=hessian.device), damping)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    upper, damping = inverse_cholesky(hessian[order.unsqueeze(1), order], damping)
+    return Factor(upper, order, damping)
 
 
 def gptq(
@@ -51,30 +77,32 @@ def gptq(
     block_size: int = 128,
     search: bool = False,
     keep_zeros: bool = False,
+    factor: Factor | None = None,
 ) -> GPTQResult:
     """Round `weight` `[out, in]` (any float dtype) for inputs with this `hessian` `[in, in]`.
 
-    act_order: columns with the largest diagonal first, with every group's grid fixed beforehand from the weights as given ("static
-    groups"), so that neighbouring columns still share a scale and nothing about the order has to be stored. Otherwise left to
-    right, each group's grid found from its corrected weights when its first column is reached.
+    act_order: columns with the largest diagonal first, with every group's grid fixed beforehand from the weights as
+    given ("static groups"), so that neighbouring columns still share a scale and nothing about the order has to be
+    stored. Otherwise left to right, a group's grid found from its corrected weights when its first column is reached.
     search: as in `find_params`, weighed by the Hessian's diagonal. keep_zeros: weights that are exactly 0 stay so.
     block_size: columns corrected together by one matrix product; it changes the speed, not the result.
+    factor: what `factorise` made of the same Hessian, act_order and damping, if it is at hand.
 
-    A column whose input was always zero has its weights set to 0 first: they had no effect. If no damping up to 1 makes the Hessian
-    positive definite, the weight is rounded to nearest and `fallback` says so.
+    A column whose input was always zero has its weights set to 0 first: they had no effect. If no damping up to 1
+    makes the Hessian positive definite, the weight is rounded to nearest and `fallback` says so.
     """
     dtype = compute_dtype(weight)
     hessian = hessian.to(dtype)
     try:
-        factor, damping, order = _factor(hessian, damping, act_order)
+        factor = factor or factorise(hessian, act_order, damping)
     except NotPositiveDefinite as error:
-        return _rounded(weight, hessian, spec, search, str(error))
+        return rounded(weight, spec, search, str(error))
     original = weight.to(dtype).masked_fill(hessian.diagonal() == 0, 0.0)
     importance = hessian.diagonal() if search else None
     grid = find_params(original, spec, search, importance) if act_order or spec.group_size == -1 else None
-    codes, scale, zero = _walk(original, factor, order, spec, grid, importance, block_size, keep_zeros)
+    codes, scale, zero = _walk(original, factor, spec, grid, importance, block_size, keep_zeros)
     loss = relative_output_error(original, dequantize(codes, scale, zero, spec, dtype), hessian)
-    return GPTQResult(codes, scale, zero, damping, loss)
+    return GPTQResult(codes, scale, zero, factor.damping, loss)
 
 
 def relative_output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
@@ -85,19 +113,16 @@ def relative_output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> f
     return max(lost, 0.0) / size if size > 0 else 0.0
 
 
-def _factor(hessian: Tensor, damping: float, act_order: bool) -> tuple[Tensor, float, Tensor]:
-    """`U` for the columns in the order they are rounded in, the damping used, and that order `[in]`."""
-    columns = hessian.shape[0]
-    if not act_order:
-        return (*inverse_cholesky(hessian, damping), torch.arange(columns, device=hessian.device))
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    return (*inverse_cholesky(hessian[order][:, order], damping), order)
+def rounded(weight: Tensor, spec: QuantSpec, search: bool, reason: str) -> GPTQResult:
+    """Rounded to nearest, which is GPTQ for a diagonal Hessian; `loss` is the relative error of the weight itself."""
+    codes, scale, zero = round_to_nearest(weight, spec, search)
+    loss = relative_weight_error(weight, codes, scale, zero, spec)
+    return GPTQResult(codes, scale, zero, 0.0, loss, f"rounded to nearest: {reason}")
 
 
 def _walk(
     weight: Tensor,
-    factor: Tensor,
-    order: Tensor,
+    factor: Factor,
     spec: QuantSpec,
     grid: tuple[Tensor, Tensor | None] | None,
     importance: Tensor | None,
@@ -106,30 +131,31 @@ def _walk(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loop over columns. Works on transposed tensors, `[in, out]`, in which a column is one stretch of memory.
 
-    `work` holds the weights with the corrections of all *finished blocks*. Inside a block a column's corrections are summed when
-    its turn comes (one matrix-vector product with the errors so far), and the columns beyond the block get theirs once, by one
-    matrix product at the block's end: each error reaches each later column exactly once.
+    `work` holds the weights with the corrections of all *finished blocks*. Inside a block a column's corrections are
+    summed when its turn comes (one matrix-vector product with the errors so far), and the columns beyond the block
+    get theirs once, by one matrix product at the block's end: each error reaches each later column exactly once.
     """
     rows, columns = weight.shape
     size = spec.columns_per_group(columns)
+    upper, order = factor.upper, factor.order
     work = weight.t()[order].contiguous()
     zeros = work == 0 if keep_zeros else None
     codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
     errors = torch.empty(min(block_size, columns), rows, dtype=work.dtype, device=weight.device)
     scales, offsets = _transposed(grid, spec, work, columns // size)
     group_of = (order // size).tolist()
-    inverse_diagonal = factor.diagonal().reciprocal().tolist()
+    inverse_diagonal = upper.diagonal().reciprocal().tolist()
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         for column in range(start, end):
             done = column - start
             group = group_of[column]
             if grid is None and column % size == 0:
-                span = work[column : column + size] - factor[start:column, column : column + size].t() @ errors[:done]
+                span = work[column : column + size] - upper[start:column, column : column + size].t() @ errors[:done]
                 weights = importance[column : column + size] if importance is not None else None
                 found = _one_group(span, spec, weights)
                 scales[group], offsets[group] = found
-            current = torch.addmv(work[column], errors[:done].t(), factor[start:column, column], alpha=-1)
+            current = torch.addmv(work[column], errors[:done].t(), upper[start:column, column], alpha=-1)
             code = (current / scales[group]).round_().add_(offsets[group]).clamp_(spec.qmin, spec.qmax)
             if zeros is not None:
                 code = torch.where(zeros[column], offsets[group], code)
@@ -137,7 +163,7 @@ def _walk(
             torch.sub(current, code.sub_(offsets[group]).mul_(scales[group]), out=errors[done])
             errors[done] *= inverse_diagonal[column]
         if end < columns:
-            work[end:].addmm_(factor[start:end, end:].t(), errors[: end - start], alpha=-1)
+            work[end:].addmm_(upper[start:end, end:].t(), errors[: end - start], alpha=-1)
     unordered = torch.empty_like(codes)
     unordered[order] = codes
     scale = scales.t().to(spec.torch_scale_dtype).contiguous()
@@ -166,13 +192,6 @@ def _one_group(span: Tensor, spec: QuantSpec, importance: Tensor | None) -> tupl
     return scale, torch.zeros_like(scale) if zero is None else zero[:, 0].to(span.dtype)
 
 
-def _rounded(weight: Tensor, hessian: Tensor, spec: QuantSpec, search: bool, reason: str) -> GPTQResult:
-    """The weight rounded to nearest, which is GPTQ for a diagonal Hessian."""
-    codes, scale, zero = round_to_nearest(weight, spec, search)
-    loss = relative_weight_error(weight, codes, scale, zero, spec)
-    return GPTQResult(codes, scale, zero, 0.0, loss, f"rounded to nearest: {reason}")
-
-
 class GPTQ(BlockPass):
     """Round weights one column at a time, correcting the columns that follow by the inputs seen in calibration text."""
 
@@ -183,23 +202,28 @@ class GPTQ(BlockPass):
 
     bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits of each weight.")
     group_size: int = Field(
-        default=128, description="Neighbouring columns that share a scale; must divide the layer's columns. -1: per channel."
+        default=128,
+        description="Neighbouring columns that share a scale; must divide the layer's columns. -1: per channel.",
     )
     symmetric: bool = Field(
         default=True, description="Grid around zero (scale only); false adds a zero point to each group."
     )
     act_order: bool = Field(
-        default=True, description="Round the columns with the largest inputs first. The file's layout stays the plain one."
+        default=True,
+        description="Round the columns with the largest inputs first. The file's layout stays the plain one.",
     )
     damping: float = Field(
         default=0.01,
         gt=0,
         le=1,
-        description="Share of the Hessian's mean diagonal added to it; rises tenfold, to at most 1, if that is too little.",
+        description="Share of the Hessian's mean diagonal added to it; rises tenfold, up to 1, if that is too little.",
     )
-    block_size: int = Field(default=128, ge=1, description="Columns corrected at once: speed and memory, not the result.")
+    block_size: int = Field(
+        default=128, ge=1, description="Columns corrected at once: speed and memory, not the result."
+    )
     search: bool = Field(
-        default=False, description="Try smaller ranges for each group and keep the one with the least weighted error."
+        default=True,
+        description="Try smaller ranges for each group and keep the one with the least error, weighed by the inputs.",
     )
 
     @field_validator("group_size")
@@ -209,31 +233,55 @@ class GPTQ(BlockPass):
             return value
         raise ValueError(f"group_size is {value}: use a size of at least 1, or -1 for one scale per channel")
 
-    def compress_block(self, block: Any, calibration: Any) -> dict[str, Any]:
+    def spec_of(self, layer: LayerShape) -> QuantSpec:
+        spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)
+        spec.columns_per_group(layer.inputs)
+        return spec
+
+    def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+        """The Hessian, its reordered copy and two factors; or the Hessian, the factor and five copies of the weight."""
+
+        def of(layer: LayerShape) -> int:
+            square, weight = 4 * layer.inputs**2, 4 * layer.inputs * layer.outputs
+            return max(4 * square, 2 * square + 5 * weight) + 4 * tokens_per_batch * layer.inputs
+
+        return max(map(of, layers), default=0)
+
+    def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
+        """Stage by stage: each Hessian is of the inputs as the layers rounded before have made them."""
         if calibration is None:
             raise CompressError("gptq needs calibration text")
         layers = block.layers(self.targets, self.skip)
+        stages = calibration.stages(list(layers))
+        stages += [[name] for name in layers if not any(name in stage for stage in stages)]
         report: dict[str, Any] = {}
-        for stage in calibration.stages(list(layers)):
-            first = layers[stage[0]].weight
-            hessian = Hessian(first.shape[1], first.device)
+        for stage in stages:
+            weight = layers[stage[0]].weight
+            hessian = Hessian(weight.shape[1], weight.device)
             calibration.observe({stage[0]: hessian.add})
-            matrix = hessian.matrix
-            for name in stage:
-                report[name] = self._compress_layer(layers[name], matrix if hessian.count else None, block.sparse)
-        for name in layers:
-            if name not in report:
-                report[name] = self._compress_layer(layers[name], None, block.sparse)
+            report |= self._compress_stage({name: layers[name] for name in stage}, hessian, block.sparse)
         return {"layers": report}
 
-    def _compress_layer(self, layer: Any, hessian: Tensor | None, sparse: bool) -> dict[str, Any]:
-        spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)
-        if hessian is None:
-            result = _rounded(layer.weight, hessian, spec, self.search, "no calibration token reached the layer")
-        else:
-            result = gptq(
-                layer.weight, hessian, spec, self.act_order, self.damping, self.block_size, self.search, keep_zeros=sparse
-            )
-        layer.quantize(result.codes, result.scale, result.zero, spec)
-        entry: dict[str, Any] = {"bits": self.bits, "loss": result.loss, "damping": result.damping}
-        return entry if result.fallback is None else {**entry, "fallback": result.fallback}
+    def _compress_stage(self, stage: dict[str, Layer], hessian: Hessian, sparse: bool) -> dict[str, Any]:
+        """Rounds the layers of one input; what to report of each."""
+        factor, trouble = None, "no calibration token reached the layer"
+        if hessian.count:
+            try:
+                factor = factorise(hessian.matrix, self.act_order, self.damping)
+            except NotPositiveDefinite as error:
+                trouble = str(error)
+        report: dict[str, Any] = {}
+        for name, layer in stage.items():
+            spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)
+            if factor is None:
+                result = rounded(layer.weight, spec, self.search, trouble)
+            else:
+                result = gptq(
+                    layer.weight, hessian.matrix, spec, self.act_order, self.damping, self.block_size, self.search,
+                    keep_zeros=sparse, factor=factor,
+                )  # fmt: skip
+            layer.quantize(result.codes, result.scale, result.zero, spec)
+            report[name] = {"bits": self.bits, "loss": result.loss, "damping": result.damping}
+            if result.fallback:
+                report[name]["fallback"] = result.fallback
+        return report

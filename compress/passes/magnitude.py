@@ -5,13 +5,18 @@ Han, Pool, Tran, Dally: "Learning both Weights and Connections for Efficient Neu
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from compress.maths.masks import keep_mask, parse_pattern, parse_sparsity
-from compress.passes.base import BlockPass
+from compress.maths.masks import check_columns, keep_mask, parse_pattern, parse_sparsity
+from compress.passes.base import BlockPass, LayerShape
+
+if TYPE_CHECKING:
+    from compress.calibration import BlockCalibration
+    from compress.model import Block
 
 Sparsity = Annotated[float, BeforeValidator(parse_sparsity), Field(ge=0, lt=1)]
 Pattern = Annotated[str, BeforeValidator(parse_pattern)]
@@ -52,7 +57,8 @@ class Magnitude(BlockPass):
         default=None, description='Instead of a share: "2:4" keeps 2 of every 4 neighbours in a row. Quote it.'
     )
     scope: Literal["layer", "row"] = Field(
-        default="layer", description="Where a share is counted: over the whole layer, or in each row (output) by itself."
+        default="layer",
+        description="Where a share is counted: over the whole layer, or in each row (output) by itself.",
     )
 
     @model_validator(mode="before")
@@ -60,7 +66,15 @@ class Magnitude(BlockPass):
     def _one_target(cls, options: Any) -> Any:
         return one_target(options)
 
-    def compress_block(self, block: Any, calibration: Any) -> dict[str, Any]:
+    def spec_of(self, layer: LayerShape) -> None:
+        """Stays dense. StartError if the pattern does not divide the columns."""
+        check_columns(self.pattern, layer.inputs)
+
+    def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+        """The float copy, the scores twice, the masks, and what selecting over a whole layer copies."""
+        return max((26 * layer.outputs * layer.inputs for layer in layers), default=0)
+
+    def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         report: dict[str, Any] = {}
         for name, layer in block.layers(self.targets, self.skip).items():
             weight = layer.weight

@@ -5,14 +5,19 @@ The baseline that each method with data has to beat, and at 8 bits usually all t
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from compress.maths.grid import QuantSpec, dequantize, find_params, quantize, spec_for
-from compress.passes.base import BlockPass
+from compress.passes.base import BlockPass, LayerShape
+
+if TYPE_CHECKING:
+    from compress.calibration import BlockCalibration
+    from compress.model import Block
 
 
 def round_to_nearest(weight: Tensor, spec: QuantSpec, search: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -20,8 +25,10 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, search: bool = False) -> t
 
     >>> weight = torch.tensor([[1.5, -0.6, 0.2, 0.0]])
     >>> codes, scale, zero = round_to_nearest(weight, QuantSpec(bits=2))
-    >>> scale.item(), codes.tolist()        # 1.5 / (3 / 2) = 1; -0.6 / 1 is nearest to -1; 1.5 is cut to the last code, 1
-    (1.0, [[1, -1, 0, 0]])
+    >>> scale.item()        # 1.5 / (3 / 2): the four codes -2..1 are spread over -1.5..1.5
+    1.0
+    >>> codes.tolist()      # 1.5 is nearest to 2, which is no code: 1 is the last
+    [[1, -1, 0, 0]]
     """
     scale, zero = find_params(weight, spec, search=search)
     return quantize(weight, scale, zero, spec), scale, zero
@@ -45,7 +52,8 @@ class RTN(BlockPass):
 
     bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits of each weight.")
     group_size: int = Field(
-        default=128, description="Neighbouring columns that share a scale; must divide the layer's columns. -1: per channel."
+        default=128,
+        description="Neighbouring columns that share a scale; must divide the layer's columns. -1: per channel.",
     )
     symmetric: bool = Field(
         default=True, description="Grid around zero (scale only); false adds a zero point to each group."
@@ -61,7 +69,16 @@ class RTN(BlockPass):
             return value
         raise ValueError(f"group_size is {value}: use a size of at least 1, or -1 for one scale per channel")
 
-    def compress_block(self, block: Any, calibration: Any) -> dict[str, Any]:
+    def spec_of(self, layer: LayerShape) -> QuantSpec:
+        spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)
+        spec.columns_per_group(layer.inputs)
+        return spec
+
+    def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+        """The codes, and the weight three times in float32 while its error is measured."""
+        return max((13 * layer.outputs * layer.inputs for layer in layers), default=0)
+
+    def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         layers: dict[str, Any] = {}
         for name, layer in block.layers(self.targets, self.skip).items():
             spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)

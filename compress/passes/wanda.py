@@ -1,22 +1,27 @@
 """Wanda: prune by the size of a weight times the size of its input.
 
-Sun, Liu, Bair, Kolter: "A Simple and Effective Pruning Approach for Large Language Models", 2023, arXiv 2306.11695. The score of
-a weight is `|W_ij| * |X_j|_2`, and scores are compared within a row (one output): what falls out changes that output least,
-if inputs were uncorrelated.
+Sun, Liu, Bair, Kolter: "A Simple and Effective Pruning Approach for Large Language Models", 2023, arXiv 2306.11695.
+The score of a weight is `|W_ij| * |X_j|_2`, and scores are compared within a row (one output): what falls out changes
+that output least, if inputs were uncorrelated.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.maths.masks import keep_mask
-from compress.passes.base import BlockPass
+from compress.maths.masks import check_columns, keep_mask
+from compress.passes.base import BlockPass, LayerShape
 from compress.passes.magnitude import Pattern, Sparsity, one_target, pruned
+
+if TYPE_CHECKING:
+    from compress.calibration import BlockCalibration
+    from compress.model import Block, Layer
 
 
 def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
@@ -56,7 +61,8 @@ class Wanda(BlockPass):
     needs_calibration: ClassVar[bool] = True
 
     sparsity: Sparsity | None = Field(
-        default=None, description='Share of each row\'s weights to set to zero, 0.5 or "50%"; 0.5 if no pattern is given.'
+        default=None,
+        description='Share of each row\'s weights to set to zero, 0.5 or "50%"; 0.5 if no pattern is given.',
     )
     pattern: Pattern | None = Field(
         default=None, description='Instead of a share: "2:4" keeps 2 of every 4 neighbours in a row. Quote it.'
@@ -67,27 +73,36 @@ class Wanda(BlockPass):
     def _one_target(cls, options: Any) -> Any:
         return one_target(options)
 
-    def compress_block(self, block: Any, calibration: Any) -> dict[str, Any]:
+    def spec_of(self, layer: LayerShape) -> None:
+        """Stays dense. StartError if the pattern does not divide the columns."""
+        check_columns(self.pattern, layer.inputs)
+
+    def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+        """The float copy, the scores twice, and the masks."""
+        return max((16 * layer.outputs * layer.inputs for layer in layers), default=0)
+
+    def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         if calibration is None:
             raise CompressError("wanda needs calibration text")
         layers = block.layers(self.targets, self.skip)
+        stages = calibration.stages(list(layers))
+        stages += [[name] for name in layers if not any(name in stage for stage in stages)]
         report: dict[str, Any] = {}
-        for stage in calibration.stages(list(layers)):
-            first = layers[stage[0]].weight
-            inputs = ColumnNorms(first.shape[1], first.device)
+        for stage in stages:
+            weight = layers[stage[0]].weight
+            inputs = ColumnNorms(weight.shape[1], weight.device)
             calibration.observe({stage[0]: inputs.add})
             for name in stage:
                 report[name] = self._prune(layers[name], inputs.norms if inputs.count else None)
-        for name in layers:
-            if name not in report:
-                report[name] = self._prune(layers[name], None)
         return {"layers": report}
 
-    def _prune(self, layer: Any, norms: Tensor | None) -> dict[str, Any]:
+    def _prune(self, layer: Layer, norms: Tensor | None) -> dict[str, Any]:
         """A layer that no token reached is pruned by magnitude alone, and says so."""
         weight = layer.weight
         scores = weight.float().abs() if norms is None else wanda_scores(weight, norms)
         keep = keep_mask(weight, scores, self.sparsity, self.pattern, per="row")
         weight, entry = pruned(weight, keep, scores)
         layer.set_weight(weight)
-        return entry if norms is not None else {**entry, "fallback": "magnitude: no calibration token reached the layer"}
+        return (
+            entry if norms is not None else {**entry, "fallback": "magnitude: no calibration token reached the layer"}
+        )

@@ -6,7 +6,7 @@ from __future__ import annotations
 NAMES = {
     "perplexity": "Perplexity",
     "accuracy": "Accuracy",
-    "kl_divergence": "KL divergence to the original",
+    "kl_divergence": "KL divergence, nats per token",
     "top1_agreement": "Same most likely token",
     "weights_bytes": "Weights on disk",
     "bits_per_weight": "Bits per weight",
@@ -38,21 +38,14 @@ def order(metrics: list[str]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Four significant digits without needless zeros; thousands are set apart."""
-    if value == 0:
-        return "0"
+    """About four significant digits; whole numbers without a point, thousands set apart."""
     size = abs(value)
-    if size >= 100_000:
-        return f"{value:,.0f}"
-    if size >= 1000:
+    if size >= 1000 or value == int(value):
         return f"{value:,.0f}"
     if size < 0.001:
         return f"{value:.2e}"
-    digits = 3 if size < 10 else 2 if size < 100 else 1
-    if size < 0.1:
-        digits = 4
-    text = f"{value:.{digits}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    digits = 4 if size < 0.1 else 3 if size < 10 else 2 if size < 100 else 1
+    return f"{value:.{digits}f}"
 
 
 def scaled(value: float, unit: str, steps: tuple[str, ...], base: float = 1000.0) -> str:
@@ -79,9 +72,7 @@ def human(value: float | None, unit: str) -> str:
             return f"{number(value)} tok/s"
         case "weights":
             return scaled(value, "", ("", "k", "M", "G"))
-        case "nats/token" | "bits" | "J/token":
-            return f"{number(value)} {unit}"
-        case "" | "perplexity":
+        case "" | "perplexity" | "nats/token":
             return number(value)
         case _:
             return f"{number(value)} {unit}"

@@ -106,11 +106,11 @@ def test_world_is_sound() -> None:
 @pytest.mark.parametrize(
     ("problem", "answer"),
     [
-        (arithmetic.Sum(47, 85, "+"), "7+5=12, write 2, carry 1. 4+8+1=13, write 3, carry 1. So 132."),
-        (arithmetic.Sum(83, 47, "-"), "13-7=6, write 6, borrow 1. 8-4-1=3, write 3. So 36."),
+        (arithmetic.Sum(47, 85, "+"), "7+5=12, carry 1. 4+8+1=13, carry 1. So 132."),
+        (arithmetic.Sum(83, 47, "-"), "13-7=6, borrow 1. 8-4-1=3. So 36."),
         (
             arithmetic.Sum(500, 1, "-"),
-            "10-1=9, write 9, borrow 1. 10-0-1=9, write 9, borrow 1. 5-0-1=4, write 4. So 499.",
+            "10-1=9, borrow 1. 10-0-1=9, borrow 1. 5-0-1=4. So 499.",
         ),
     ],
 )
@@ -126,7 +126,7 @@ def test_arithmetic_is_right_in_every_step() -> None:
         assert last == f"{result}."
         for working, shown in re.findall(r"([\d+-]+)=(\d+)", steps[0]):
             assert sum(int(n) for n in re.findall(r"-?\d+", working)) == int(shown)
-        digits = "".join(reversed(re.findall(r"write (\d)", steps[0])))
+        digits = "".join(shown[-1] for shown in reversed(re.findall(r"=(\d+)", steps[0])))
         assert int(("1" if steps[0].endswith("carry 1.") else "") + digits) == result
 
 
@@ -221,7 +221,7 @@ def test_model_loads_and_does_a_sum(tokenizer: Any) -> None:
     assert model.num_parameters() == 3_410_176
     prompt = tokenizer("Question: 47+85=? Answer:", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=40)[0, prompt["input_ids"].shape[1] :]
-    assert tokenizer.decode(ids).startswith(" 7+5=12, write 2, carry 1. 4+8+1=13, write 3, carry 1. So 132.")
+    assert tokenizer.decode(ids).startswith(" 7+5=12, carry 1. 4+8+1=13, carry 1. So 132.")
 
 
 def test_package_is_small() -> None:

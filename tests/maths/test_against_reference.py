@@ -298,10 +298,12 @@ def test_gptq_takes_an_input_that_is_always_zero_for_what_it_is(act_order):
         matrix[dead], matrix[:, dead] = 0.0, 0.0
         weight[:, dead] *= 0.01  # so that they do not set the scale
     spec = QuantSpec(bits=3, group_size=-1, symmetric=True)
-    codes, _, _ = gptq_codes(weight, matrix, spec, act_order=act_order, damping=0.01)
     alive = matrix[live][:, live].numpy()
-    expected = reference.gptq(weight[:, live].numpy(), alive, 3, -1, True, act_order, damping=0.01)
-    np.testing.assert_array_equal(codes[:, live], expected[0])
+    for damping in (0.0, 0.01):
+        result = gptq(weight, matrix, spec, act_order=act_order, damping=damping)
+        expected = reference.gptq(weight[:, live].numpy(), alive, 3, -1, True, act_order, damping)
+        np.testing.assert_array_equal(result.codes[:, live].numpy(), expected[0])
+        assert result.damping == damping
 
 
 def test_the_optimum_is_no_worse_than_gptq_and_gptq_on_average_better_than_rounding():

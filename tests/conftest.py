@@ -1,0 +1,47 @@
+"""Offline, and with one thread a process: the suite runs two processes side by side."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A random Llama with a byte-level tokenizer, as a Hugging Face folder."""
+    return make_tiny_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def make_tiny_folder(folder: Path, family: str = "llama", **changes) -> Path:
+    """Writes `testing.tiny_model` and a tokenizer of single characters."""
+    from compress.testing import tiny_model, tiny_tokenizer
+
+    tiny_model(family, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A .jsonl file of 200 short documents that `tiny_tokenizer` can encode."""
+    import json
+    import random
+
+    draw = random.Random(0)
+    words = "a bee can dig every fig; good hens ink. jam kit lamp moss".split()
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [json.dumps({"text": " ".join(draw.choices(words, k=40))}) for _ in range(200)]
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,96 @@
+"""The Hessian and its factor: what must hold whatever the inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.errors import CompressError
+from compress.maths.hessian import Hessian, NotPositiveDefinite, inverse_cholesky
+
+
+def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 10**6))
+def test_batches_of_any_size_give_the_mean_over_all_tokens(sizes, seed):
+    x = inputs(sum(sizes), 5, seed)
+    hessian = Hessian(5)
+    for batch in x.split(sizes):
+        hessian.add(batch)
+    assert hessian.count == sum(sizes)
+    torch.testing.assert_close(hessian.matrix, 2 * x.T @ x / max(sum(sizes), 1), rtol=1e-5, atol=1e-6)
+
+
+def test_strips_leave_no_seam_and_reading_does_not_disturb_what_follows(monkeypatch):
+    monkeypatch.setattr("compress.maths.hessian.STRIP", 4)
+    x, hessian = inputs(30, 10), Hessian(10)
+    hessian.add(x[:10])
+    hessian.matrix  # noqa: B018
+    hessian.add(x[10:].view(4, 5, 10))
+    torch.testing.assert_close(hessian.matrix, 2 * x.T @ x / 30, rtol=1e-5, atol=1e-6)
+    assert torch.equal(hessian.matrix, hessian.matrix.T)
+
+
+def test_half_precision_inputs_are_summed_in_float32():
+    x, hessian = torch.full((4096, 1), 1.0, dtype=torch.bfloat16), Hessian(1)
+    hessian.add(x)
+    hessian.add(x * 3)
+    assert hessian.matrix.dtype == torch.float32
+    assert hessian.matrix.item() == pytest.approx(2 * (1 + 9) / 2, rel=1e-6)
+
+
+def test_inputs_of_another_width_are_refused():
+    with pytest.raises(CompressError, match="3 columns, the layer has 4"):
+        Hessian(4).add(torch.ones(2, 3))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 10**6))
+def test_the_factor_is_upper_and_its_square_is_the_inverse(columns, seed):
+    x = inputs(4 * columns, columns, seed).double()
+    matrix = x.T @ x
+    upper, used = inverse_cholesky(matrix, 0.01)
+    damped = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(columns)
+    assert used == 0.01
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(columns).double(), rtol=1e-8, atol=1e-8)
+
+
+def test_damping_rises_as_far_as_needed_and_is_reported():
+    x = inputs(3, 8).double()  # rank 3: any damping will do
+    assert inverse_cholesky(x.T @ x, 0.01)[1] == 0.01
+    assert inverse_cholesky(x.T @ x, 0.0)[1] in (0.0, 1e-4)
+    indefinite = torch.tensor([[1.0, 1.05], [1.05, 1.0]])
+    assert inverse_cholesky(indefinite, 0.001)[1] == pytest.approx(0.1)
+    assert inverse_cholesky(torch.tensor([[1.0, 1.9], [1.9, 1.0]]), 0.01)[1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("matrix", [[[1.0, 3.0], [3.0, 1.0]], [[float("nan"), 0.0], [0.0, 1.0]]])
+def test_a_hessian_beyond_all_damping_is_refused(matrix):
+    with pytest.raises(NotPositiveDefinite):
+        inverse_cholesky(torch.tensor(matrix), 0.01)
+
+
+def test_the_input_is_left_as_it_was():
+    x = inputs(9, 4)
+    matrix = x.T @ x
+    matrix[2], matrix[:, 2] = 0.0, 0.0
+    before = matrix.clone()
+    inverse_cholesky(matrix, 0.01)
+    assert torch.equal(matrix, before)
+
+
+def test_dead_columns_stand_alone_and_do_not_count_in_the_mean():
+    x = inputs(20, 5).double() * 1e-3  # small beside the 1 that a dead column gets
+    x[:, [1, 4]] = 0
+    live = [0, 2, 3]
+    upper, _ = inverse_cholesky(x.T @ x, 0.01)
+    alone, _ = inverse_cholesky((x.T @ x)[live][:, live], 0.01)
+    torch.testing.assert_close(upper[live][:, live], alone, rtol=1e-10, atol=0)
+    assert (upper[1, [0, 2, 3, 4]] == 0).all()
+    assert (upper[[0, 2, 3], 4] == 0).all()

@@ -1,0 +1,38 @@
+"""Every registered pass, on every family: the registry is the matrix, so a new pass is tested once it is listed."""
+
+import warnings
+
+import pytest
+
+from compress.registry import PASSES
+from compress.testing import FAMILIES, check_pass, small_options
+
+PASS_NAMES = PASSES.names()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", PASS_NAMES)
+def test_the_pass_conforms(name, family):
+    cls = PASSES.get(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_pass(cls(**small_options(cls)), family)
+
+
+@pytest.mark.parametrize("name", PASS_NAMES)
+def test_every_option_of_the_pass_is_described(name):
+    for option, field in PASSES.get(name).model_fields.items():
+        assert field.description, f"{name}.{option} has no description"
+
+
+def test_check_pass_fails_for_a_pass_that_changes_nothing():
+    from compress.passes.base import BlockPass
+
+    class Idle(BlockPass):
+        name = "idle"
+
+        def compress_block(self, block, calibration):
+            return {}
+
+    with pytest.raises(AssertionError, match="changed nothing"):
+        check_pass(Idle())
