@@ -226,11 +226,7 @@ def write_checkpoint(
     Returns the files written. A tensor larger than a shard gets a shard to itself.
     """
     folder = Path(folder)
-    shards: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(spec)
+    shards = _cut(specs, max_shard_bytes)
     files = [folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = [folder / f"{stem}.safetensors"]
@@ -243,6 +239,25 @@ def write_checkpoint(
         index = {"metadata": {"total_size": sum(s.nbytes for s in specs)}, "weight_map": dict(sorted(places.items()))}
         atomic_write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return files
+
+
+def checkpoint_bytes(specs: Sequence[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """What `write_checkpoint` makes of these tensors: bytes of all its safetensors files, headers included."""
+    sizes = [_layout(shard) for shard in _cut(specs, max_shard_bytes)]
+    return sum(len(header) + data for header, _, data in sizes)
+
+
+def _cut(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    """The tensors of each shard: in order, as many as fit."""
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    return shards
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

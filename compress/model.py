@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from compress.allocator import return_freed_memory
 from compress.checkpoint import TensorSource, TensorSpec
 from compress.errors import CompressError, StartError
 from compress.formats.base import Contents
@@ -243,6 +244,7 @@ class ModelHandle:
         if not self.resident:
             _to_meta(block.module)
             self.live_blocks -= 1
+        return_freed_memory()
 
     def _read_original(self, block: Block) -> dict[str, torch.Tensor]:
         assert self.source is not None

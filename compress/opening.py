@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from compress.allocator import settle_allocator
 from compress.checkpoint import TensorSource, check_finite
 from compress.errors import CompressError, StartError
 from compress.loading import model_class, skeleton
@@ -110,6 +111,7 @@ def open_model(
     folder: Path, *, dtype: str = "auto", device: str = "cpu", residency: str = "memory"
 ) -> ModelHandle:
     """Opens a model folder for compression; see `ModelHandle` for the two residencies."""
+    settle_allocator()
     config = read_config(folder)
     refuse_quantized(config, folder)
     kind = resolve_dtype(dtype, config)

@@ -1,96 +1,246 @@
 """What a recipe will cost, from the model's config alone: no weight is read.
 
-The model is laid out on the meta device, where it has shapes and no content. Each pass states what it needs itself;
-the engine's part (the model, the calibration text on its way, one batch) is stated here. Sizes are exact, memory is
-the peak of resident memory above a process that has imported torch and transformers and done nothing.
+The recipe is played through on the model's shape (`compress.shapes`). Each step gets the memory that it takes, as a sum
+of stated parts (`compress.costs`), the disk in use, and the size of the model if it were written then, which is exact.
+Memory is the peak of resident memory above that of a process that has imported torch and transformers, nothing more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from compress.checkpoint import TensorSpec, checkpoint_bytes
-from compress.errors import CompressError, StartError
-from compress.loading import skeleton
-from compress.maths.grid import QuantSpec
-from compress.model import find_stacks
-from compress.nn.quant_linear import packed_tensors
-from compress.passes.base import BlockPass, LayerShape, Pass, selected
+from compress import costs
+from compress.checkpoint import checkpoint_bytes
+from compress.errors import StartError
+from compress.formats.base import Format
+from compress.formats.folder import default_format, packed_export_note
+from compress.loading import stored_dtype
+from compress.opening import locate, read_config, refuse_quantized, resolve_dtype
+from compress.passes.base import BlockPass, Pass
+from compress.registry import FORMATS
+from compress.shapes import ModelShape
+from compress.workspace import free_bytes
+
+if TYPE_CHECKING:
+    from compress.recipe import DataEntry, Recipe
+
+#: Config, tokenizer, card, records of blocks and of measurements: what is written beside weights.
+SMALL_FILES_BYTES = 16 << 20
+LOAD, BEFORE, EXPORT, AFTER = "load", "benchmark original", "export", "benchmark compressed"
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """A model's layout: `layers` of all blocks in order, `tensors` as they are stored, dense.
+class PlanStep:
+    """One step of a run. Bytes: `memory` at its peak, `disk` in use by the run at its peak, `weights` of all
+    `*.safetensors` if the model were written as it stands after the step. `parts` are what memory is the sum of."""
 
-    `hidden`: width of the hidden states; `widest`: values a token takes inside a block at its widest;
-    `vocabulary`: width of the logits (0 without a head).
+    name: str
+    memory_bytes: int
+    disk_bytes: int
+    weights_bytes: int
+    note: str = ""
+    parts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps, the peaks over them, the size of what comes out, and what this machine has to spare."""
+
+    steps: tuple[PlanStep, ...]
+    memory_bytes: int
+    disk_bytes: int
+    weights_bytes: int
+    available_memory_bytes: int
+    available_disk_bytes: int
+
+    def of_pass(self, index: int) -> dict[str, int]:
+        """What the report sets beside the measured figures of the pass at `index` in the recipe."""
+        step = self.steps[index + (2 if self.steps[1].name == BEFORE else 1)]
+        return {
+            "peak_memory_bytes": step.memory_bytes,
+            "disk_bytes": step.disk_bytes,
+            "weights_bytes": step.weights_bytes,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as JSON-able values."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+    def rows(self) -> list[tuple[str, int, int, int, str]]:
+        """Step; memory, disk and weights in bytes; note: for a table."""
+        return [(s.name, s.memory_bytes, s.disk_bytes, s.weights_bytes, s.note) for s in self.steps]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Plays a recipe through on its model's shape. Writes nothing.
+
+    StartError for what shapes alone forbid: a group or pattern that does not divide a layer's columns, targets that
+    select no layer, a format that cannot hold the model.
     """
+    folder = locate(recipe.model)
+    config = read_config(folder)
+    refuse_quantized(config, folder)
+    dtype = resolve_dtype(recipe.dtype, config)
+    steps = _Walkthrough(recipe, ModelShape.of(config, dtype), cast=dtype != stored_dtype(config)).steps()
+    return Plan(
+        steps=tuple(steps),
+        memory_bytes=max(step.memory_bytes for step in steps),
+        disk_bytes=max(step.disk_bytes for step in steps),
+        weights_bytes=steps[-1].weights_bytes,
+        available_memory_bytes=available_memory(),
+        available_disk_bytes=free_bytes(_output(recipe)),
+    )
 
-    dtype: torch.dtype
-    layers: tuple[LayerShape, ...]
-    tensors: tuple[TensorSpec, ...]
-    blocks: tuple[str, ...]
-    hidden: int
-    widest: int
-    vocabulary: int
-    kinds: dict[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, config: PretrainedConfig, dtype: torch.dtype) -> ModelShape:
-        """The shape of the model that a config describes."""
-        return cls.of_model(skeleton(config, dtype), dtype)
+class _Walkthrough:
+    """A recipe's steps in their order. `shape` and `stages` (bytes of the files of each pass that are kept) change as
+    the model and the disk would."""
 
-    @classmethod
-    def of_model(cls, model: PreTrainedModel, dtype: torch.dtype) -> ModelShape:
-        text = model.config.get_text_config()
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        blocks = [f"{stack.name}.{i}" for stack in find_stacks(model) for i in range(len(stack))]
-        layers = [
-            LayerShape(block, name, module.weight.shape[0 if not isinstance(module, Conv1D) else 1],
-                       module.weight.shape[1 if not isinstance(module, Conv1D) else 0], module.weight.dtype,
-                       module.bias is not None)
-            for block in blocks
-            for name, module in model.get_submodule(block).named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        ]  # fmt: skip
-        head = model.get_output_embeddings()
-        return cls(
-            dtype=dtype,
-            layers=tuple(layers),
-            tensors=tuple(
-                TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in tied
-            ),
-            blocks=tuple(blocks),
-            hidden=int(text.hidden_size),
-            widest=_widest(layers, blocks),
-            vocabulary=0 if head is None else int(head.weight.shape[0]),
-            kinds={f"{layer.block}.{layer.name}": layer.kind for layer in layers},
+    def __init__(self, recipe: Recipe, shape: ModelShape, cast: bool):
+        self.recipe, self.shape = recipe, shape
+        self.holding = costs.Holding(resident=recipe.residency == "memory", cast=cast)
+        self.stages: list[int] = []
+
+    def steps(self) -> list[PlanStep]:
+        benchmark = self.recipe.benchmark is not False
+        steps = [self._step(LOAD, costs.loading(self.shape, self.holding))]
+        if benchmark:
+            steps.append(self._step(BEFORE, self._measuring(None)))
+        steps += [self._pass(pass_) for pass_ in self.recipe.passes]
+        steps.append(self._export())
+        if benchmark:
+            last = steps[-1]
+            steps.append(self._step(AFTER, self._measuring(last.weights_bytes), last.disk_bytes))
+        return steps
+
+    def _step(self, name: str, parts: costs.Parts, disk: int | None = None, note: str = "") -> PlanStep:
+        parts = {"runtime": costs.RUNTIME_BYTES} | {part: size for part, size in parts.items() if size}
+        disk = sum(self.stages) + SMALL_FILES_BYTES if disk is None else disk
+        return PlanStep(name, costs.total(parts), disk, self._folder_bytes(), note, parts)
+
+    def _folder_bytes(self, format: str | None = None) -> int:
+        """Bytes of the weights' files of a folder in this format (None: that of `model/`)."""
+        contents = self.shape.contents()
+        return checkpoint_bytes(_named(format or default_format(contents)).stored(contents))
+
+    def _pass(self, pass_: Pass) -> PlanStep:
+        if isinstance(pass_, BlockPass):
+            text = _text(self.recipe.data.calibration, self.shape, 128) if pass_.needs_calibration else None
+            parts = costs.one_pass(pass_, self.shape, self.holding, text)
+            coverage = self.shape.apply(pass_)
+            note = f"changes {coverage:.0%} of the weights in the blocks' matrices"
+            if coverage < self.recipe.min_coverage:
+                note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
+        else:
+            parts = costs.model(self.shape, self.holding, used_outside=True)
+            self.shape.apply(pass_)
+            note = "what it takes beside the model is not known"
+        # With the whole model in memory, a stage is kept until the next one is complete; else blocks are read from it.
+        self.stages = [*(self.stages[-1:] if self.holding.resident else self.stages), self.shape.stage_bytes()]
+        return self._step(pass_.name, parts, note=note)
+
+    def _export(self) -> PlanStep:
+        contents = self.shape.contents()
+        if self.holding.resident:
+            self.stages = self.stages[-1:]
+        own = default_format(contents)
+        note = packed_export_note(contents) or ""
+        formats = [own, *(name for name in self.recipe.export if name != own)]
+        if note and "packed" not in formats:
+            formats.append("packed")
+        for name in formats:
+            reason = _named(name).refuses(contents.dtype, contents.kinds, contents.quantization)
+            if reason:
+                raise StartError(f"{'model/' if name == own else 'export'}: {reason}")
+        written = sum(self._folder_bytes(name) for name in formats)
+        disk = sum(self.stages) + written + SMALL_FILES_BYTES
+        parts = costs.exporting(self.shape, self.holding, self._folder_bytes())
+        return self._step(EXPORT, parts, disk, note)
+
+    def _measuring(self, weights_bytes: int | None) -> costs.Parts:
+        text = _text(self.recipe.data.evaluation, self.shape, None)
+        return costs.measuring(self.shape, text, weights_bytes, beside=self.recipe.data.evaluation is not None)
+
+
+def _text(entry: DataEntry | None, shape: ModelShape, samples: int | None) -> costs.Text:
+    """The windows that a data entry will be cut into; without a count, as many as a batch can hold."""
+    length = min((entry.length if entry is not None else None) or 256, shape.context)
+    return costs.Text((entry.samples if entry is not None else None) or samples or 1 << 20, length)
+
+
+def refuse(plan: Plan, recipe: Recipe) -> None:
+    """StartError where the plan needs more memory than the recipe's `memory` allows or this machine has, or more disk
+    than there is."""
+    worst = max(plan.steps, key=lambda step: step.memory_bytes)
+    budget = recipe.memory_bytes
+    if budget is not None and worst.memory_bytes > budget:
+        raise StartError(
+            f"memory: {worst.name} will take {_size(worst.memory_bytes)}, and the recipe allows {_size(budget)}. "
+            f"{_help(worst, recipe)}"
+        )
+    if worst.memory_bytes > plan.available_memory_bytes:
+        raise StartError(
+            f"{worst.name} will take {_size(worst.memory_bytes)} of memory, and {_size(plan.available_memory_bytes)} are "
+            f"free here. {_help(worst, recipe)}"
+        )
+    fullest = max(plan.steps, key=lambda step: step.disk_bytes)
+    if fullest.disk_bytes > plan.available_disk_bytes + _written(_output(recipe)):
+        raise StartError(
+            f"output: {fullest.name} will take {_size(fullest.disk_bytes)} of disk, and "
+            f"{_size(plan.available_disk_bytes)} are free in {_output(recipe)}. Make room, or name a folder on another "
+            "disk with --output."
         )
 
-    def block_bytes(self) -> int:
-        """Bytes of the largest block."""
-        return max(
-            sum(t.nbytes for t in self.tensors if t.name.startswith(block + ".")) for block in self.blocks
-        )
 
-    def total_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    def outside_bytes(self) -> int:
-        """Bytes of what belongs to no block."""
-        prefixes = tuple(block + "." for block in self.blocks)
-        return sum(tensor.nbytes for tensor in self.tensors if not tensor.name.startswith(prefixes))
+def _help(step: PlanStep, recipe: Recipe) -> str:
+    """What would make the step smaller."""
+    if step.name in (BEFORE, AFTER):
+        return "Set benchmark: false, or measure on a machine with more memory."
+    ways = [] if recipe.residency == "disk" else ["residency: disk"]
+    if step.parts.get("hidden states", 0) > step.memory_bytes // 8:
+        ways.append("fewer data.calibration.samples")
+    return f"What would help: {', or '.join([*ways, 'a machine with more memory'])}."
 
 
-def _widest(layers: Sequence[LayerShape], blocks: Sequence[str]) -> int:
-    first = [layer for layer in layers if layer.block == blocks[0]]
-    return sum(layer.outputs for layer in first)
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _output(recipe: Recipe) -> Path:
+    return Path(recipe.output or f"runs/{recipe.name}").absolute()
+
+
+def _written(folder: Path) -> int:
+    """Bytes that an earlier start of this run has written already."""
+    if not folder.is_dir():
+        return 0
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors") if file.is_file())
+
+
+def _named(name: str) -> Format:
+    found: Format = FORMATS.get(name)()
+    return found
+
+
+def available_memory() -> int:
+    """Bytes that a process can take here: what the system has to spare, or less where a control group limits it."""
+    free: int = psutil.virtual_memory().available
+    for limit, used in _CONTROL_GROUPS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return max(0, free)
+
+
+#: Limit and use of this process's control group as a container sees them, in version 2 and 1.
+_CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)

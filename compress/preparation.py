@@ -110,8 +110,6 @@ def benchmark_job(recipe: Recipe, device: str, evaluation: Windows | None) -> Be
     """What the recipe's `benchmark` asks to be measured."""
     assert recipe.benchmark is not False
     tasks = recipe.benchmark.tasks
-    if not tasks and recipe.model.startswith("builtin:"):
-        tasks = (recipe.model,)
     by_area: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for task in tasks:
         for item in items(task, recipe.base):

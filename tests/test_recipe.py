@@ -659,6 +659,12 @@ def test_the_digest_changes_with_what_decides_the_model(changed: dict[str, Any])
     assert Recipe.from_dict(values | changed).digest() != Recipe.from_dict(values).digest()
 
 
+def test_the_seed_decides_even_without_texts() -> None:
+    first, second = (Recipe.from_dict({"model": "a/b", "seed": seed}) for seed in (0, 1))
+    assert first.digest() != second.digest()
+    assert differences(first.canonical(), second.canonical()) == ["seed: 0 -> 1"]
+
+
 def test_differences_are_said_by_place() -> None:
     old = Recipe.from_dict(tiny("zeroing", "rounding")).canonical()
     new = Recipe.from_dict(

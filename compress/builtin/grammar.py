@@ -117,9 +117,7 @@ def _time(rng: random.Random) -> Pair:
     name = rng.choice(tuple(world().people))
     base, _, past = rng.choice(words.ACTIONS)
     day, good, bad = rng.choice((("yesterday", past, f"will {base}"), ("tomorrow", f"will {base}", past)))
-    return _pair(
-        f"{day} {name} * {rng.choice(words.PREPOSITIONS)} the {rng.choice(words.PLACES)}.", good, bad
-    )
+    return _pair(f"{day} {name} * {rng.choice(words.PREPOSITIONS)} the {rng.choice(words.PLACES)}.", good, bad)
 
 
 _KINDS: tuple[Callable[[random.Random], Pair], ...] = (

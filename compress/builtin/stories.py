@@ -109,10 +109,7 @@ def _weather(rng: random.Random) -> Story:
 def _tool(rng: random.Random) -> Story:
     a, b = _people(rng, 2)
     wish, right, wrong = _from_table(rng, words.TOOLS)
-    context = (
-        f"{_opening(rng, a)} {capital(a.pronoun)} wanted to {wish}. "
-        f"{b.name} came to help {a.object} and brought"
-    )
+    context = f"{_opening(rng, a)} {capital(a.pronoun)} wanted to {wish}. {b.name} came to help {a.object} and brought"
     return Story(context, f" the {right}.", tuple(f" the {w}." for w in wrong), _closing(rng, a))
 
 

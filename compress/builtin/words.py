@@ -1,5 +1,7 @@
 """The words of the small world: plain data, written by hand for this project."""
 
+# ruff: noqa: SIM905 (lists of plain words read best as one string)
+
 WOMEN = (
     "Ada Alma Bea Celia Cora Dora Elsa Erna Eva Gerda Gina Hanna Ida Ines Irma Joan Juno Kira Lia Lotte "
     "Mara Mona Nadia Nina Pia Rhea Runa Susan Thea Ursula"
@@ -15,8 +17,7 @@ TOWNS = (
 RIVERS = "Alder Brisk Coll Dart Esk Flint Glen Hasp Isle Jura".split()
 GOODS = "wool glass paper honey bells ropes salt tiles boots clocks".split()
 JOBS = (
-    "baker doctor farmer painter sailor teacher weaver miller "
-    "actor cook judge mason pilot smith tailor gardener"
+    "baker doctor farmer painter sailor teacher weaver miller actor cook judge mason pilot smith tailor gardener"
 ).split()
 PETS = "cat dog goat owl rabbit horse parrot turtle duck ferret mouse snake".split()
 COLOURS = "red blue green yellow white black purple orange brown grey".split()
@@ -62,9 +63,7 @@ THINGS = (
     ("well", "wells"),
     ("bench", "benches"),
 )
-ADJECTIVES = (
-    "hungry tired happy quiet small old young strong thirsty angry brave lazy clever sad kind cold"
-).split()
+ADJECTIVES = ("hungry tired happy quiet small old young strong thirsty angry brave lazy clever sad kind cold").split()
 PREPOSITIONS = ("near", "behind", "beside", "in front of", "next to", "under", "by")
 TIMES = ("every day", "every morning", "in the evening", "at noon", "all day", "every winter", "after dinner")
 # (base, third person, past) of verbs that need no object

@@ -91,6 +91,10 @@ class Format(ABC):
         `dtype` is the model's, `kinds` what `layer_kinds` says, `specs` the quantized layers by name.
         """
 
+    def stored(self, contents: Contents) -> Sequence[TensorSpec]:
+        """The tensors that `write` stores. None is read, so the contents may be a model without weights."""
+        return contents.tensors
+
     @abstractmethod
     def write(self, folder: Path, contents: Contents) -> None:
         """Write everything into `folder`, which exists and is empty. `write_model_folder` makes that atomic."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,9 @@ class Dense(Format):
 
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
         return None
+
+    def stored(self, contents: Contents) -> Sequence[TensorSpec]:
+        return _published(contents.skeleton, *_expanded(contents))[0]
 
     def write(self, folder: Path, contents: Contents) -> None:
         write_checkpoint(folder, *_published(contents.skeleton, *_expanded(contents)))

@@ -13,8 +13,8 @@ from compress.measure.statistics import Interval, Verdict
 from compress.reports.report import Comparison, Figure
 from compress.reports.units import human, number
 
-#: Readings of peak memory of one model vary by about this share from run to run (repeated readings here: 0.5 %).
-MEMORY_NOISE = 0.02
+#: Peak memory is read once a model; five readings of one model lay within 0.2 %. Less than this share is not called.
+MEMORY_NOISE = 0.01
 #: Differences per token below this are float32 rounding of the log-softmax.
 KL_NOISE = 1e-6
 
@@ -95,18 +95,27 @@ def _areas(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 def _sentence(verdict: Verdict, delta: float, interval: Interval, unit: str, words: str) -> str:
     if interval.low is None or interval.high is None:
         return f"not tested: {interval.reason}"
-    show = _shower(unit)
+    show, name = _shower(unit, max(abs(interval.low), abs(interval.high)))
     if verdict == "no_difference":
-        return f"no measurable difference at {words} (95 % interval {show(interval.low)} to {show(interval.high)})"
+        limits = f"{show(interval.low)} to {show(interval.high)}{name}"
+        return f"no measurable difference at {words} (95 % interval {limits})"
     low, high = sorted((abs(interval.low), abs(interval.high)))
-    suffix = {"fraction": " points", "tokens/s": " tok/s", "perplexity": "", "": ""}.get(unit, f" {unit}")
-    return f"{verdict} by {show(abs(delta))}{suffix} (95 % interval {show(low)} to {show(high)})"
+    return f"{verdict} by {show(abs(delta))}{name} (95 % interval {show(low)} to {show(high)})"
 
 
-def _shower(unit: str) -> Callable[[float], str]:
-    if unit == "fraction":
-        return lambda value: f"{100 * value:.1f}"
-    return number
+def _shower(unit: str, largest: float) -> tuple[Callable[[float], str], str]:
+    """How differences of this unit are written, and the unit's name after them."""
+    match unit:
+        case "fraction":
+            return (lambda value: f"{100 * value:.1f}"), " points"
+        case "s" if largest < 1:
+            return (lambda value: number(1000 * value)), " ms"
+        case "" | "perplexity":
+            return number, ""
+        case "tokens/s":
+            return number, " tok/s"
+        case _:
+            return number, f" {unit}"
 
 
 def _fidelity(name: str, b: Figure, interval: Interval, delta: float) -> str:
@@ -126,8 +135,7 @@ def _single(name: str, a: Figure, delta: float, ratio: float | None) -> Comparis
     same = delta == 0 or (read_once and ratio is not None and abs(ratio - 1) <= MEMORY_NOISE)
     verdict: Verdict = "no_difference" if same else "better" if (delta > 0) == higher else "worse"
     if read_once:
-        how = "one reading each, which vary by up to 2 %"
-        sentence = f"{_size(delta, ratio, a.unit)} ({how})"
+        sentence = f"{_size(delta, ratio, a.unit)} (one reading each; under 1 % is not called a difference)"
     else:
         sentence = "the same" if same else _size(delta, ratio, a.unit)
     return Comparison(delta=delta, ratio=ratio, verdict=verdict if known else "not_tested", sentence=sentence)
@@ -140,5 +148,5 @@ def _size(delta: float, ratio: float | None, unit: str) -> str:
     if ratio is None or ratio <= 0:
         return f"{human(abs(delta), unit)} {word}"
     if ratio <= 0.67:
-        return f"{number(round(1 / ratio, 2))} times smaller"
-    return f"{number(round(100 * abs(ratio - 1), 1))} % {word} ({human(abs(delta), unit)})"
+        return f"{1 / ratio:.2f} times smaller"
+    return f"{100 * abs(ratio - 1):.1f} % {word} ({human(abs(delta), unit)})"

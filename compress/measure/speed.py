@@ -9,6 +9,7 @@ import gc
 import inspect
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,15 @@ def time_models(models: Sequence[Any], prompt: Tensor, settings: SpeedSettings) 
     contexts = [c for c in (context_length(model.config) for model in models) if c is not None]
     settings = settings.fitted(min(contexts, default=None))
     found: list[dict[str, list[float]]] = [{PREFILL: [], DECODE: [], FIRST: [], ENERGY: []} for _ in models]
+    short = replace(settings, new_tokens=min(4, settings.new_tokens))
     for turn in range(settings.warmup + settings.rounds):
+        warm = turn >= settings.warmup
         for model, figures in zip(models, found, strict=True):
             gc.collect()
             with torch.inference_mode():
-                measured = _round(model, prompt, settings)
+                measured = _round(model, prompt, settings if warm else short)
             for key, value in measured.items():
-                if turn >= settings.warmup:
+                if warm:
                     figures[key].append(value)
     return found
 

@@ -145,12 +145,13 @@ def selected(layer: str, targets: Sequence[str] | None, skip: Sequence[str]) -> 
 class BlockPass(Pass):
     """A pass that changes the model one transformer block at a time, by `walk()`."""
 
-    targets: tuple[str, ...] | None = Field(
+    targets: list[str] | None = Field(
         None,
         description="Names of the layers inside a block to change, as patterns (`mlp.*`, `*.q_proj`); all if absent.",
     )
-    skip: tuple[str, ...] = Field(
-        (), description="Names of layers inside a block to leave alone, as patterns; stronger than `targets`."
+    skip: list[str] = Field(
+        default_factory=list,
+        description="Names of layers inside a block to leave alone, as patterns; stronger than `targets`.",
     )
 
     @abstractmethod
@@ -165,6 +166,10 @@ class BlockPass(Pass):
     def spec_of(self, layer: LayerShape) -> QuantSpec | None:
         """The grid a changed layer gets, or None where it stays dense. CompressError where the shape forbids it."""
         return None
+
+    def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+        """Peak of what the pass holds for a block while the text runs through it, the activations not counted."""
+        return 0
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """Peak of what the pass itself allocates while it works on a block with these layers (for the plan)."""

@@ -12,6 +12,8 @@ from compress.reports.report import Comparison, Figure, Report
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from compress.planning import Plan
+
 VERDICTS = {"better": "better", "worse": "worse", "no_difference": "no difference", "not_tested": "not tested"}
 _STYLES = {"better": "green", "worse": "red", "no_difference": "dim", "not_tested": "dim"}
 
@@ -93,6 +95,33 @@ def print_report(report: Report) -> None:
         console.print(note, style="dim", markup=False)
 
 
+def print_plan(plan: Plan) -> None:
+    """What a recipe will need, step by step and in all, on stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("step")
+    for heading in ("peak memory", "disk", "weights"):
+        table.add_column(heading, justify="right")
+    rows = plan.rows()
+    noted = any(note for *_, note in rows)
+    if noted:
+        table.add_column("note")
+    for name, memory, disk, weights, note in rows:
+        cells = [escape(name), *(units.human(count, "B") for count in (memory, disk, weights))]
+        table.add_row(*cells, *([escape(note)] if noted else []))
+    console = Console(highlight=False)
+    console.print(table)
+    for label, needed, there in (
+        ("memory (above a bare import)", plan.memory_bytes, plan.available_memory_bytes),
+        ("disk", plan.disk_bytes, plan.available_disk_bytes),
+    ):
+        console.print(f"{label}: {units.human(needed, 'B')} of {units.human(there, 'B')} that there is", markup=False)
+    console.print(f"weights that come out: {units.human(plan.weights_bytes, 'B')}", markup=False)
+
+
 def markdown(report: Report) -> str:
     """The content of `report.md`: what `report.html` shows, without the plots."""
     parts = [f"# {_plain(report.name)}", headline(report)]
@@ -113,8 +142,8 @@ def markdown(report: Report) -> str:
         parts += [f"- original: {_plain(sample['original'])}\n- compressed: {_plain(sample['compressed'])}"]
     parts += [f"Note: {_plain(note)}" for note in report.notes]
     if report.environment:
-        facts = ", ".join(f"{key} {value}" for key, value in environment_rows(report.environment))
-        parts += ["## Measured on", _plain(facts)]
+        facts = "\n".join(f"- {_plain(key)}: {_plain(value)}" for key, value in environment_rows(report.environment))
+        parts += ["## Measured on", facts]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

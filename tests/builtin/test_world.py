@@ -43,7 +43,8 @@ def test_text_is_the_same_in_another_process() -> None:
 
 def test_splits_share_no_document() -> None:
     evaluation = {d for seed in (0, 1) for d in islice(builtin.documents("tiny", "evaluation", seed), 1500)}
-    assert not evaluation & set(TRAINING) and not evaluation & set(CALIBRATION)
+    assert not evaluation & set(TRAINING)
+    assert not evaluation & set(CALIBRATION)
     assert not set(TRAINING) & set(CALIBRATION)
     assert {split_of(d) for d in evaluation} == {"evaluation"}
     assert {split_of(d) for d in TRAINING} == {"training"}
@@ -62,10 +63,12 @@ def test_items_are_well_formed() -> None:
             assert 0 <= item["label"] < 4
             assert all(c.startswith(" ") and c.endswith(".") for c in item["choices"])
         elif "good" in item:
-            assert set(item) == {"good", "bad", "area"} and item["good"] != item["bad"]
+            assert set(item) == {"good", "bad", "area"}
+            assert item["good"] != item["bad"]
         else:
             assert set(item) == {"prompt", "completion", "area"}
-            assert item["completion"].startswith(" ") and item["completion"].endswith(".")
+            assert item["completion"].startswith(" ")
+            assert item["completion"].endswith(".")
 
 
 def test_labels_are_spread() -> None:
@@ -99,7 +102,8 @@ def test_world_is_sound() -> None:
     people = world().people
     assert sum(len(two_hops(split)) for split in SPLITS) == len(people) * len(PATHS)
     for person in people.values():
-        assert person.facts["friend"] in people and person.facts["teacher"] in people
+        assert person.facts["friend"] in people
+        assert person.facts["teacher"] in people
         assert person.name not in (person.facts["friend"], person.facts["teacher"])
 
 
@@ -143,7 +147,8 @@ def test_minimal_pairs_differ_in_one_place() -> None:
 def test_held_out_combinations_are_absent_from_other_splits() -> None:
     seen = "\n".join(TRAINING + CALIBRATION)
     for hop in two_hops("evaluation"):
-        assert hop.ask() not in seen and hop.answer() not in seen
+        assert hop.ask() not in seen
+        assert hop.answer() not in seen
     problems = set(re.findall(r"(\d+)([+-])(\d+)=\?", seen))
     for item in by_area("arithmetic"):
         left, sign, right = re.search(r"(\d+)([+-])(\d+)=\?", item["prompt"]).groups()
@@ -163,26 +168,24 @@ def test_every_unit_belongs_to_one_split() -> None:
 
 
 def test_unknown_names_are_refused_with_what_is_allowed() -> None:
-    with pytest.raises(ValueError, match="'big'.*tiny"):
+    with pytest.raises(ValueError, match=r"'big'.*tiny"):
         builtin.model_path("big")
-    with pytest.raises(ValueError, match="'big'.*tiny"):
+    with pytest.raises(ValueError, match=r"'big'.*tiny"):
         builtin.documents("big", "training")
-    with pytest.raises(ValueError, match="'test'.*training, calibration, evaluation"):
+    with pytest.raises(ValueError, match=r"'test'.*training, calibration, evaluation"):
         builtin.documents("tiny", "test")
-    with pytest.raises(ValueError, match="'test'.*training, calibration, evaluation"):
+    with pytest.raises(ValueError, match=r"'test'.*training, calibration, evaluation"):
         builtin.items("test")
 
 
 def test_more_items_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(text._ITEMS, "grammar", lambda rng, split: {"good": "a.", "bad": "b."})
-    with pytest.raises(ValueError, match="per_area=2: the area 'grammar' has only 1"):
+    with pytest.raises(ValueError, match=r"per_area=2: the area 'grammar' has only 1"):
         builtin.items(per_area=2)
 
 
 def test_import_is_light() -> None:
-    program = (
-        "import sys, compress.builtin as _; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    )
+    program = "import sys, compress.builtin as _; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

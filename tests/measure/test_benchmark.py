@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.errors import CompressError, StartError
-from compress.measure import benchmark, speed
+from compress.measure import benchmark, speed, worker
 from compress.measure.benchmark import BenchmarkJob, measure_original
 from compress.measure.comparison import compare, original_figures
-from compress.measure.jobs import run_job
+from compress.measure.jobs import run_child, run_job
 from compress.measure.runtimes import model_folder
 
 QUALITY = ("perplexity", "accuracy", "accuracy/pairs", "kl_divergence", "top1_agreement")
@@ -127,6 +127,19 @@ def test_nothing_but_kept_results_stays_behind(measured):
     assert {path.name.split("-")[0] for path in measured.workdir.iterdir()} == {"quality", "memory"}
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """The worker runs in this process: what it does is the same, and the import of torch is spared."""
+
+    def run_child(command, *, what, threads, out=None):
+        if worker.main(command[-1]) != 0:
+            raise CompressError(json.loads((out / "result.json").read_text())["error"])
+
+    monkeypatch.setattr("compress.measure.jobs.run_child", run_child)
+    monkeypatch.setattr(worker, "die_with_parent", lambda: None)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_broken_model_gives_one_sentence(pair, tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
@@ -149,10 +162,13 @@ def test_a_model_that_is_nowhere_is_refused_without_a_network(tmp_path):
         model_folder("nobody/nothing-here")
 
 
-def test_a_job_that_is_killed_says_so(tmp_path, monkeypatch):
+def test_a_child_that_dies_says_how(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(CompressError, match="failed"):
+    with pytest.raises(CompressError, match=r"measuring m \(memory\) failed"):
         run_job({"kind": "memory", "model": "m", "threads": 1}, tmp_path)
+    with pytest.raises(CompressError, match=r"ended by SIGKILL.*out of memory"):
+        run_child(["sh", "-c", "kill -9 $$"], what="measuring", threads=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_speed_settings_fit_a_short_context():
@@ -163,7 +179,7 @@ def test_speed_settings_fit_a_short_context():
 
 def test_decoding_makes_all_new_tokens_though_the_model_would_stop(pair):
     model = AutoModelForCausalLM.from_pretrained(pair[0]).eval()
-    model.generation_config.eos_token_id = list(range(96))
+    model.generation_config.eos_token_id = list(range(90))
     clock = speed.TokenClock()
     speed.generate(model, torch.tensor([[1, 5, 6]]), 5, clock)
     assert len(clock.times) == 1 + 5
@@ -184,6 +200,7 @@ def test_the_energy_counter_adds_packages_and_survives_its_wrap(tmp_path):
     assert speed.EnergyCounter.find(tmp_path / "nowhere") is None
 
 
+@pytest.mark.usefixtures("in_process")
 def test_an_encoder_has_no_perplexity_and_the_reason_is_given(tmp_path):
     from transformers import BertConfig, BertModel
 
@@ -201,3 +218,18 @@ def test_an_encoder_has_no_perplexity_and_the_reason_is_given(tmp_path):
     assert found.figures["kl_divergence"].value is None
     assert found.figures["parameters"].value > 0
     json.dumps({name: figure.model_dump() for name, figure in found.figures.items()}, allow_nan=False)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_packed_layers_count_the_weights_they_stand_for(pair):
+    from torch import nn
+
+    model = AutoModelForCausalLM.from_pretrained(pair[0])
+    dense = worker.count_parameters(model)
+    layer = nn.Module()
+    layer.weight_packed = nn.Parameter(torch.zeros(32, 4, dtype=torch.int32), requires_grad=False)
+    layer.weight_scale = nn.Parameter(torch.zeros(32, 1))
+    layer.register_buffer("weight_shape", torch.tensor([32, 32]))
+    model.model.layers[0].self_attn.q_proj = layer
+    assert worker.count_parameters(model) == dense
+    assert dense == sum(p.numel() for p in model.parameters()) - 32 * 4 - 32 + 32 * 32

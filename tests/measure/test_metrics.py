@@ -33,9 +33,13 @@ def test_perplexity_is_token_weighted_over_windows():
 
 def test_perplexity_stderr_is_that_of_many_repeated_samples():
     draw = np.random.default_rng(0)
-    nll = draw.normal(60, 6, 4000)
-    found = METRICS.get("perplexity")().compute(predictions=list(nll), references=[30.0] * 4000)
-    values = [math.exp(draw.choice(nll, 4000).sum() / (30 * 4000)) for _ in range(300)]
+    tokens = draw.integers(5, 200, 4000).astype(float)
+    nll = tokens * draw.normal(2, 0.2, 4000)
+    found = METRICS.get("perplexity")().compute(predictions=list(nll), references=list(tokens))
+    values = []
+    for _ in range(400):
+        chosen = draw.integers(0, 4000, 4000)
+        values.append(math.exp(nll[chosen].sum() / tokens[chosen].sum()))
     assert found["stderr"] == pytest.approx(np.std(values), rel=0.15)
 
 

@@ -1,0 +1,147 @@
+"""A model's layout from its config alone, and what passes make of it. Nothing here reads or holds a weight.
+
+The model is built on the meta device, where tensors have shapes and no content, and passes are played through on it:
+a rounded layer is replaced by an empty packed one. What would be written is then what the same code that writes a real
+model says of this one, so sizes are exact by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compress.checkpoint import TensorSpec, checkpoint_bytes
+from compress.errors import CompressError
+from compress.formats.base import Contents
+from compress.loading import skeleton
+from compress.model import Block, Layer, ModelHandle, context_length
+from compress.nn.quant_linear import QuantLinear
+from compress.passes.base import BlockPass, LayerShape, Pass
+from compress.walk import check_coverage
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One block as a pass finds it: `layers` are those that the pass changes.
+
+    `dense_bytes`: all its tensors as they come in; `packed_bytes`: the packed layers that the pass puts beside them;
+    `widest`: values that one token takes inside the block at its widest, attention scores not counted.
+    """
+
+    name: str
+    layers: tuple[LayerShape, ...]
+    dense_bytes: int
+    packed_bytes: int
+    widest: int
+
+
+class ModelShape:
+    """A model without weights, as it stands after the passes that `apply` was given so far."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
+        self.handle = ModelHandle(model)
+        self.dtype = dtype
+        text = model.config.get_text_config()
+        head = model.get_output_embeddings()
+        self.hidden = int(text.hidden_size)
+        self.vocabulary = 0 if head is None else int(head.weight.shape[0])
+        self.context = context_length(model.config)
+        #: Attention heads whose scores [length, length] are held in full; 0 where the kernel never forms them.
+        self.scored_heads = int(text.num_attention_heads) if model.config._attn_implementation == "eager" else 0
+        self.experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 1)
+        self.dense_bytes = sum(spec.nbytes for spec in self.contents().tensors)
+        self.outside_bytes = sum(t.nbytes for t in self.handle.outside().values())
+        self.largest_tensor = max(spec.nbytes for spec in self.contents().tensors)
+        self.widest = max(self._widest(block) for block in self.handle.block_list())
+        self.packed_bytes = 0
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, dtype: torch.dtype, architecture: str | None = None) -> ModelShape:
+        """The shape of the model that a config describes, held in `dtype`."""
+        return cls(skeleton(config, dtype, architecture), dtype)
+
+    def contents(self) -> Contents:
+        """What there would be to write; its tensors cannot be read."""
+        return self.handle.contents()
+
+    def blocks(self, pass_: BlockPass) -> list[BlockShape]:
+        """The blocks as they stand, with the layers that `pass_` selects. StartError where their shapes forbid it."""
+        return [self._block(block, pass_) for block in self.handle.block_list()]
+
+    def _block(self, block: Block, pass_: BlockPass) -> BlockShape:
+        layers = block.layers(pass_.targets, pass_.skip)
+        packed = sum(_bytes(new) - _bias_bytes(layers[name]) for name, new in _packed(pass_, layers).items())
+        shapes = tuple(map(shape_of, layers.values()))
+        return BlockShape(block.name, shapes, _bytes(block.module), packed, self._widest(block))
+
+    def _widest(self, block: Block) -> int:
+        """The hidden state twice, and what all layers give. Experts in one tensor count once for each that a token
+        visits."""
+        given = 2 * self.hidden
+        for module in block.module.modules():
+            weight = getattr(module, "weight", None) if not isinstance(module, QuantLinear) else None
+            if isinstance(module, QuantLinear):
+                given += module.out_features
+            elif weight is not None and weight.dim() == 2:
+                given += weight.shape[1 if isinstance(module, Conv1D) else 0]
+        fused = [p for p in block.module.parameters() if p.dim() == 3]
+        return given + self.experts_per_token * sum(max(p.shape[1:]) for p in fused)
+
+    def apply(self, pass_: Pass) -> float:
+        """Plays a pass through; returns the share of the blocks' matrix weights that it changes.
+
+        StartError where a group or pattern does not divide a layer, or no layer is selected.
+        """
+        if not isinstance(pass_, BlockPass):
+            self.handle.states.add(pass_.leaves)
+            return 1.0
+        coverage = check_coverage(pass_, self.handle, 0.0)
+        for block in self.handle.block_list():
+            for name, packed in _packed(pass_, block.layers(pass_.targets, pass_.skip)).items():
+                self.packed_bytes += _bytes(packed)
+                block.module.set_submodule(name, packed)
+        self.handle.states.add(pass_.leaves)
+        return coverage
+
+    def stage_bytes(self) -> int:
+        """Bytes of the files in which a pass keeps its finished blocks, one each."""
+        return sum(checkpoint_bytes(_specs(block.state())) for block in self.handle.block_list())
+
+
+def shape_of(layer: Layer) -> LayerShape:
+    """The shape of a layer of a block."""
+    assert layer.block is not None
+    outputs, inputs = layer.weight.shape
+    kind = "Conv1D" if layer.transposed else "Linear"
+    bias = layer.module.bias is not None
+    return LayerShape(layer.block.name, layer.name, outputs, inputs, layer.dtype, bias, kind)
+
+
+def _packed(pass_: BlockPass, layers: Mapping[str, Layer]) -> dict[str, QuantLinear]:
+    """An empty packed layer for each that the pass rounds; where it cannot, the error names pass and layer."""
+    found = {}
+    for name, layer in layers.items():
+        shape = shape_of(layer)
+        try:
+            spec = pass_.spec_of(shape)
+        except CompressError as error:
+            raise type(error)(f"{pass_.name}: {shape.block}.{name}: {error}") from None
+        if spec is not None:
+            found[name] = QuantLinear.like(layer.module, spec)
+    return found
+
+
+def _specs(state: dict[str, torch.Tensor]) -> Sequence[TensorSpec]:
+    return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def _bias_bytes(layer: Layer) -> int:
+    return 0 if layer.module.bias is None else layer.module.bias.nbytes

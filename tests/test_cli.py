@@ -1,0 +1,226 @@
+"""The command line: light, exit codes, one clear message for each mistake, nothing left behind by it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from compress.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def call(capsys, *arguments):
+    """(exit code, stdout, stderr) of the program, in this process."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    out = capsys.readouterr()
+    return caught.value.code or 0, out.out, out.err
+
+
+@pytest.mark.parametrize("code", ["import compress", "import compress.cli", "from compress.cli import commands"])
+def test_importing_the_package_imports_no_torch(code):
+    check = f"{code}; import sys; heavy = {{'torch', 'transformers', 'pydantic', 'numpy'}} & set(sys.modules); print(heavy)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_help_runs_without_torch_and_lists_the_commands_of_the_contract():
+    script = "import sys, runpy\nsys.argv = ['compress', '--help']\ntry: runpy.run_module('compress', run_name='__main__')"
+    script += "\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip().endswith("False")
+    for command in ("run", "plan", "benchmark", "generate", "report", "doctor", "passes", "schema", "init"):
+        assert f"  {command} " in done.stdout
+    assert "  fit " not in done.stdout
+
+
+@pytest.fixture
+def recipe(tiny_folder, text_file, tmp_path):
+    """Writes a recipe file with changes, and returns its path."""
+
+    def write(**changes):
+        values = {
+            "model": str(tiny_folder),
+            "data": {"calibration": {"source": str(text_file), "samples": 8, "length": 32}},
+            "passes": [{"gptq": {"bits": 4, "group_size": 16}}],
+            "benchmark": False,
+            "output": str(tmp_path / "out"),
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, **changes}))
+        return tmp_path / "recipe.yaml"
+
+    return write
+
+
+def test_run_prints_the_reports_path_last_and_exits_0(capsys, recipe, tmp_path):
+    code, out, err = call(capsys, "run", recipe(), "--quiet", "--set", "passes.gptq.bits=8")
+    assert code == 0, err
+    path = Path(out.strip().splitlines()[-1])
+    assert path == (tmp_path / "out" / "report.json").resolve()
+    assert json.loads(path.read_text())["stages"][0]["options"]["bits"] == 8
+
+
+BAD = {
+    "unknown key": ({"passs": []}, 2, ["passs", "passes"]),
+    "unknown pass": ({"passes": [{"gtpq": {}}]}, 2, ["gtpq", "gptq"]),
+    "unknown option": ({"passes": [{"gptq": {"bit": 4}}]}, 2, ["bit", "bits"]),
+    "wrong type": ({"passes": [{"gptq": {"bits": "four"}}]}, 2, ["four", "2, 3, 4, 8"]),
+    "out of range": ({"passes": [{"gptq": {"damping": 7}}]}, 2, ["damping", "7"]),
+    "impossible order": ({"passes": [{"gptq": {"group_size": 16}}, "wanda"]}, 2, ["wanda", "gptq", "quantized"]),
+    "missing model": ({"model": "./nowhere"}, 2, ["nowhere"]),
+    "missing text": ({"data": {"calibration": "nowhere.jsonl"}}, 2, ["nowhere.jsonl"]),
+    "no text given": ({"data": {}}, 2, ["data.calibration"]),
+    "group that does not divide": ({"passes": [{"gptq": {"group_size": 5}}]}, 2, ["group", "32"]),
+    "pattern that does not divide": ({"passes": [{"magnitude": {"pattern": "2:5"}}]}, 2, ["5"]),
+    "no such target": ({"passes": [{"rtn": {"group_size": 16, "targets": ["nope"]}}]}, 2, ["q_proj"]),
+    "budget too small": ({"memory": "1MB"}, 2, ["memory"]),
+    "too few weights reached": (
+        {"passes": [{"rtn": {"group_size": 16, "targets": ["*.k_proj"]}}]}, 1, ["min_coverage", "up_proj"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_recipe_gets_one_clear_message_and_leaves_no_folder(capsys, recipe, tmp_path, case):
+    changes, expected, words = BAD[case]
+    code, out, err = call(capsys, "run", recipe(**changes), "--quiet")
+    assert code == expected, err
+    assert "Traceback" not in err
+    assert out == ""
+    for word in words:
+        assert word in err, f"{word!r} is not said: {err}"
+    assert not (tmp_path / "out" / "model").exists()
+    if expected == 2:
+        assert not (tmp_path / "out").exists()
+
+
+TEXTS = {
+    "empty": (b"", "empty"),
+    "too short": (b'{"text": "a bee"}\n', "tokens"),
+    "not UTF-8": (b'{"text": "abc"}\n\xff\xfe\x00\n', "UTF-8"),
+    "malformed": (b'{"text": "abc"}\n{"text": \n', "bad.jsonl:2"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_bad_calibration_text_is_named_and_leaves_no_folder(capsys, recipe, tmp_path, case):
+    data, word = TEXTS[case]
+    (tmp_path / "bad.jsonl").write_bytes(data)
+    code, _, err = call(capsys, "run", recipe(data={"calibration": str(tmp_path / "bad.jsonl")}), "--quiet")
+    assert code in (1, 2), err
+    assert word in err
+    assert "bad.jsonl" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_checkpoint_fails_with_its_name(capsys, recipe, tmp_path, tiny_folder):
+    import shutil
+
+    shutil.copytree(tiny_folder, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    code, _, err = call(capsys, "run", recipe(model=str(tmp_path / "cut")), "--quiet")
+    assert code == 1, err
+    assert "model.safetensors" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickled_checkpoint_is_refused(capsys, recipe, tmp_path, tiny_folder):
+    import shutil
+
+    shutil.copytree(tiny_folder, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    code, _, err = call(capsys, "run", recipe(model=str(tmp_path / "pickled")), "--quiet")
+    assert code == 1, err
+    assert "pickle" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_model_without_a_hub_says_that_the_hub_is_needed(capsys, recipe, tmp_path):
+    code, _, err = call(capsys, "run", recipe(model="nobody/nothing-here"), "--quiet")
+    assert code == 2, err
+    assert "hub" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(recipe):
+    done = subprocess.run(
+        [sys.executable, "-m", "compress", "run", str(recipe(passs=[])), "--debug"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "Traceback" in done.stderr
+
+
+def test_usage_errors_exit_with_2(capsys):
+    assert call(capsys, "run")[0] == 2
+    assert call(capsys, "rnu")[0] == 2
+    assert call(capsys, "run", "nowhere.yaml")[0] == 2
+
+
+def test_a_missed_goal_exits_with_3_and_still_leaves_the_model(capsys, recipe, text_file, tmp_path):
+    data = {
+        "calibration": {"source": str(text_file), "samples": 8, "length": 32},
+        "evaluation": {"source": str(text_file), "samples": 8, "length": 32},
+    }
+    benchmark = {"metrics": ["perplexity", "weights_bytes"], "goals": {"weights_bytes": "1kB"}}
+    code, out, err = call(capsys, "run", recipe(data=data, benchmark=benchmark), "--quiet")
+    assert code == 3, err
+    report = json.loads(Path(out.strip().splitlines()[-1]).read_text())
+    assert report["goals"] == [
+        {"metric": "weights_bytes", "goal": "1kB", "met": False, "value": report["compressed"]["weights_bytes"]["value"]}
+    ]
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+    assert report["original"]["perplexity"]["value"] > 1
+
+
+def test_plan_as_json_reads_no_weight(capsys, recipe, tmp_path, tiny_folder):
+    import shutil
+
+    shutil.copytree(tiny_folder, tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    code, out, err = call(capsys, "plan", recipe(model=str(tmp_path / "bare")), "--json")
+    assert code == 0, err
+    assert json.loads(out)["weights_bytes"] > 0
+
+
+def test_passes_lists_all_and_describes_one(capsys):
+    code, out, _ = call(capsys, "passes")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["gptq", "magnitude", "rtn", "wanda"]
+    code, out, _ = call(capsys, "passes", "gptq")
+    assert "group_size" in out
+    assert call(capsys, "passes", "gtpq")[0] == 2
+
+
+def test_schema_is_json_with_the_passes_options(capsys):
+    code, out, _ = call(capsys, "schema")
+    assert code == 0
+    assert "damping" in json.dumps(json.loads(out))
+
+
+def test_init_prints_a_recipe_that_loads(capsys, tmp_path):
+    from compress.recipe import Recipe
+
+    code, out, _ = call(capsys, "init", "builtin:tiny")
+    assert code == 0
+    (tmp_path / "starter.yaml").write_text(out)
+    assert Recipe.load(tmp_path / "starter.yaml").model == "builtin:tiny"
+
+
+def test_doctor_names_the_machine_and_the_versions(capsys):
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0
+    assert "torch: 2." in out
+    assert "GPU: " in out
+
+
+def test_generate_continues_a_prompt_from_a_packed_folder(capsys, recipe, tmp_path):
+    assert call(capsys, "run", recipe(), "--quiet")[0] == 0
+    code, out, err = call(capsys, "generate", tmp_path / "out", "--prompt", "a bee can", "--tokens", "5")
+    assert code == 0, err
+    assert out.strip()
+    assert "tokens/s" in err
