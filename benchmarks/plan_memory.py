@@ -72,7 +72,8 @@ def measure_pass(job: dict[str, Any]) -> dict[str, float]:
     """In the process of its own: opens the model, runs the pass, writes the result; peaks in bytes."""
     import torch
     import transformers  # noqa: F401
-    import compress.walk  # noqa: F401, I001
+
+    import compress.walk  # noqa: F401
     from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
 
     torch.set_num_threads(job["threads"])
@@ -112,9 +113,9 @@ def measure_quality(job: dict[str, Any]) -> dict[str, float]:
     """In a process of its own: the benchmark's most hungry measurement."""
     import torch
     import transformers  # noqa: F401
-    import compress.walk  # noqa: F401, I001
     from safetensors.torch import save_file
 
+    import compress.walk  # noqa: F401
     from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
     from compress.measure.worker import quality
 

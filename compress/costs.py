@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from compress.measure.likelihood import CHUNK_BUDGET, LOGITS_BUDGET, TOKENS_BUDGET
 from compress.passes.base import BlockPass, Context
 from compress.shapes import BlockShape, ModelShape
@@ -36,17 +38,27 @@ class Text:
 
 @dataclass(frozen=True)
 class Holding:
-    """How the original is held while passes work. `resident`: all of it, else one block at a time; `cast`: its dtype
-    is not the stored one, so its weights are copies, and not pages of the files."""
+    """How the original is held while passes work: all of it (`resident`), or one block at a time, from files in the
+    dtype `stored`. In that dtype a whole model's weights are pages of the files, in another one they are copies."""
 
     resident: bool
-    cast: bool
+    stored: torch.dtype
+
+    def mapped(self, shape: ModelShape) -> bool:
+        return self.resident and shape.dtype == self.stored
 
 
 def loading(shape: ModelShape, holding: Holding) -> Parts:
     """Opening the model. Files are mapped and cost nothing until they are used; before that every tensor is read once
     to see that it is sound."""
-    parts = {} if holding.resident and not holding.cast else model(shape, holding, used_outside=True)
+    if holding.mapped(shape):
+        return {"largest tensor": shape.largest_tensor}
+    parts = model(shape, holding, used_outside=True)
+    if holding.resident:
+        return {
+            **parts,
+            "files while they are cast": shape.dense_bytes * holding.stored.itemsize // shape.dtype.itemsize,
+        }
     return {**parts, "largest tensor": shape.largest_tensor}
 
 
@@ -55,7 +67,7 @@ def model(shape: ModelShape, holding: Holding, used_outside: bool) -> Parts:
     (`used_outside` false) embeddings and head are not."""
     if not holding.resident:
         return {"outside the blocks": shape.outside_bytes}
-    unused = 0 if used_outside or holding.cast else shape.outside_bytes
+    unused = shape.outside_bytes if holding.mapped(shape) and not used_outside else 0
     return {"model": shape.dense_bytes - unused}
 
 
@@ -63,7 +75,7 @@ def one_pass(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text |
     """A pass over all blocks, `shape` being as it finds the model; `text` is None where it needs none."""
     blocks = shape.blocks(pass_)
     parts = model(shape, holding, used_outside=text is not None)
-    if holding.resident and not holding.cast:
+    if holding.mapped(shape):
         # What packed layers replace is part of a mapped file, which stays whole, so they add up.
         parts["packed layers"] = sum(block.packed_bytes for block in blocks)
     if text is not None:
@@ -75,7 +87,7 @@ def one_pass(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text |
 def _block(pass_: BlockPass, shape: ModelShape, holding: Holding, block: BlockShape, text: Text | None) -> Parts:
     """What is there for one block alone, at its worst moment: when text runs through it, or when it is changed."""
     parts = {} if holding.resident else {"block": block.dense_bytes}
-    if not holding.resident or holding.cast:
+    if not holding.mapped(shape):
         parts["packed layers"] = block.packed_bytes
     if text is None:
         return {**parts, "pass": pass_.working_bytes(block.layers, 0)}
@@ -98,25 +110,29 @@ def exporting(shape: ModelShape, holding: Holding, weights_bytes: int) -> Parts:
     """Writing the model, or the check of what was written by a process of its own, which expands packed weights."""
     writing = model(shape, holding, used_outside=True) | {"packed layers": shape.packed_bytes * holding.resident}
     writing["largest tensor"] = shape.largest_tensor
-    checking = {"the written model": weights_bytes, "its weights expanded": shape.dense_bytes * bool(shape.packed_bytes)}
+    checking = {"the written model": weights_bytes, "its weights expanded": 0}
+    if shape.packed_bytes:
+        checking["its weights expanded"] = shape.dense_bytes
     return max(writing, checking, key=total)
 
 
-def measuring(shape: ModelShape, text: Text | None, weights_bytes: int | None, beside: bool) -> Parts:
-    """The most that a process of the benchmark takes. `weights_bytes` is None for the original, else what was written;
-    `beside`: quality is measured with the original running in lock step."""
+def measuring(shape: ModelShape, text: Text | None, weights_bytes: int | None) -> Parts:
+    """The most that a process of the benchmark takes: quality (the original running beside where there is `text`) or
+    speed (the original beside). `weights_bytes` is that of the written model, None where the original is measured."""
     parts = {"the original": shape.dense_bytes}
     if weights_bytes is not None:
-        expanded = shape.dense_bytes if shape.packed_bytes else 0
-        parts = {"the compressed model": weights_bytes + expanded, "the original": shape.dense_bytes * beside}
-    length = text.length if text is not None else min(shape.context, 256)
-    batch = max(1, min(TOKENS_BUDGET // length, LOGITS_BUDGET // (length * max(1, shape.vocabulary))))
-    tokens = batch * length if text is None else min(batch, text.samples) * length
-    size, models = shape.dtype.itemsize, 1 + (weights_bytes is not None and beside)
-    chunk = min(CHUNK_BUDGET, tokens * shape.vocabulary)
-    parts["activations"] = activations(shape, shape.widest, tokens, length)
-    parts["logits"] = models * tokens * shape.vocabulary * size
-    parts["softmax"] = 4 * chunk * (2 if models == 1 else 5)
+        parts["the compressed model"] = weights_bytes
+    if text is None:
+        return parts | {"largest tensor": shape.largest_tensor}
+    if weights_bytes is not None and shape.packed_bytes:
+        parts["its weights expanded"] = shape.dense_bytes
+    batch = max(1, min(TOKENS_BUDGET // text.length, LOGITS_BUDGET // (text.length * max(1, shape.vocabulary))))
+    tokens = min(batch, text.samples) * text.length
+    models = 1 if weights_bytes is None else 2
+    parts["activations"] = activations(shape, shape.widest, tokens, text.length)
+    parts["logits"] = models * tokens * shape.vocabulary * shape.dtype.itemsize
+    # log-softmaxes of both models, and with two models what their divergence is made of
+    parts["softmax"] = 4 * min(CHUNK_BUDGET, tokens * shape.vocabulary) * (2 if models == 1 else 5)
     return parts
 
 

@@ -40,7 +40,6 @@ def run(
     """
     recipe = as_recipe(recipe)
     progress = progress or Progress()
-    bare = resident_bytes()
     ready = prepare(recipe, fresh=fresh)
     if not fresh and (ready.output / "report.json").exists():
         progress.note(f"{ready.output} is finished already; give --fresh to do it again.")
@@ -51,7 +50,7 @@ def run(
         original = None
         if ready.job is not None:
             original = measure_original(str(ready.folder), job=ready.job, workdir=scratch, progress=progress)
-        stages, verified, notes = _compress(recipe, ready, work, bare, progress)
+        stages, verified, notes = _compress(recipe, ready, work, progress)
         report = _report(recipe, ready, stages, verified, notes)
         if original is not None and ready.job is not None:
             found = measure_compressed(
@@ -80,14 +79,15 @@ def _goals(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _compress(
-    recipe: Recipe, ready: Prepared, work: Workspace, bare: int, progress: Progress
+    recipe: Recipe, ready: Prepared, work: Workspace, progress: Progress
 ) -> tuple[list[Stage], Verified, list[str]]:
     """All passes, each continued where it was, then the export and its verification; nothing of the model stays."""
     exported = work.hidden / "exported.json"
     if exported.exists():
         kept = work.once("exported", dict)
         return [Stage(**stage) for stage in kept["stages"]], Verified(**kept["verified"]), kept["notes"]
-    forget_peak()
+    gc.collect()
+    bare = resident_bytes()  # by now everything is imported that a run imports
     model = open_model(ready.folder, dtype=recipe.dtype, device=ready.device, residency=recipe.residency)
     stages = []
     for index, pass_ in enumerate(recipe.passes):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import torch
 
 from compress import costs
 from compress.checkpoint import checkpoint_bytes
@@ -87,7 +88,7 @@ def plan(recipe: Recipe) -> Plan:
     config = read_config(folder)
     refuse_quantized(config, folder)
     dtype = resolve_dtype(recipe.dtype, config)
-    steps = _Walkthrough(recipe, ModelShape.of(config, dtype), cast=dtype != stored_dtype(config)).steps()
+    steps = _Walkthrough(recipe, ModelShape.of(config, dtype), stored_dtype(config)).steps()
     return Plan(
         steps=tuple(steps),
         memory_bytes=max(step.memory_bytes for step in steps),
@@ -102,9 +103,9 @@ class _Walkthrough:
     """A recipe's steps in their order. `shape` and `stages` (bytes of the files of each pass that are kept) change as
     the model and the disk would."""
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, cast: bool):
+    def __init__(self, recipe: Recipe, shape: ModelShape, stored: torch.dtype):
         self.recipe, self.shape = recipe, shape
-        self.holding = costs.Holding(resident=recipe.residency == "memory", cast=cast)
+        self.holding = costs.Holding(resident=recipe.residency == "memory", stored=stored)
         self.stages: list[int] = []
 
     def steps(self) -> list[PlanStep]:
@@ -131,7 +132,7 @@ class _Walkthrough:
 
     def _pass(self, pass_: Pass) -> PlanStep:
         if isinstance(pass_, BlockPass):
-            text = _text(self.recipe.data.calibration, self.shape, 128) if pass_.needs_calibration else None
+            text = _text(self.recipe.data.calibration, self.shape) if pass_.needs_calibration else None
             parts = costs.one_pass(pass_, self.shape, self.holding, text)
             coverage = self.shape.apply(pass_)
             note = f"changes {coverage:.0%} of the weights in the blocks' matrices"
@@ -164,14 +165,14 @@ class _Walkthrough:
         return self._step(EXPORT, parts, disk, note)
 
     def _measuring(self, weights_bytes: int | None) -> costs.Parts:
-        text = _text(self.recipe.data.evaluation, self.shape, None)
-        return costs.measuring(self.shape, text, weights_bytes, beside=self.recipe.data.evaluation is not None)
+        text = _text(self.recipe.data.evaluation, self.shape) if self.recipe.data.evaluation is not None else None
+        return costs.measuring(self.shape, text, weights_bytes)
 
 
-def _text(entry: DataEntry | None, shape: ModelShape, samples: int | None) -> costs.Text:
-    """The windows that a data entry will be cut into; without a count, as many as a batch can hold."""
+def _text(entry: DataEntry | None, shape: ModelShape) -> costs.Text:
+    """The windows that a data entry will be cut into. How many all of a text makes is not known: more than a batch."""
     length = min((entry.length if entry is not None else None) or 256, shape.context)
-    return costs.Text((entry.samples if entry is not None else None) or samples or 1 << 20, length)
+    return costs.Text((entry.samples if entry is not None else None) or 1 << 20, length)
 
 
 def refuse(plan: Plan, recipe: Recipe) -> None:
@@ -186,8 +187,8 @@ def refuse(plan: Plan, recipe: Recipe) -> None:
         )
     if worst.memory_bytes > plan.available_memory_bytes:
         raise StartError(
-            f"{worst.name} will take {_size(worst.memory_bytes)} of memory, and {_size(plan.available_memory_bytes)} are "
-            f"free here. {_help(worst, recipe)}"
+            f"{worst.name} will take {_size(worst.memory_bytes)} of memory, and "
+            f"{_size(plan.available_memory_bytes)} are free here. {_help(worst, recipe)}"
         )
     fullest = max(plan.steps, key=lambda step: step.disk_bytes)
     if fullest.disk_bytes > plan.available_disk_bytes + _written(_output(recipe)):

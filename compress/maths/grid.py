@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -99,7 +100,8 @@ def find_params(
     Without `search` the grid covers the group: symmetric `scale = max|w| / ((2**bits - 1) / 2)`; asymmetric
     `scale = (max - min) / (2**bits - 1)` with 0 inside the range, `zero = round(qmin - min / scale)`. With it, smaller
     ranges are tried as well and the one with the least `sum(importance * (w - rounded)**2)` per group is kept
-    (`importance` is `[in]`, for instance the diagonal of a Hessian; all ones if None).
+    (`importance` is `[in]`, for instance the diagonal of a Hessian; all ones if None). A symmetric grid has one code
+    more below zero than above; the search may turn it round, and the scale of such a group is negative.
 
     A group of zeros gets scale 1 and zero 0. A scale too small for its dtype becomes the smallest number that it
     holds; one too large, or a weight that is not finite, is a CompressError. Groups that do not divide: StartError.
@@ -194,17 +196,21 @@ def _error(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec,
 def _search(
     grouped: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The least-error grid among shrunk ones. Asymmetric: both ends by one factor, then each end alone from there."""
+    """The least-error grid among shrunk ones.
+
+    Symmetric: each factor with both signs of the scale. Asymmetric: both ends by one factor, then each end alone from
+    there on.
+    """
     best_scale, best_zero = _cover(low, high, spec)
     best = _error(grouped, best_scale, None if spec.symmetric else best_zero, spec, importance)
     best_low, best_high = low, high
-    rounds = ("both",) if spec.symmetric else ("both", "low", "high")
-    for moved in rounds:
+    for moved in ("both",) if spec.symmetric else ("both", "low", "high"):
         start_low, start_high = best_low, best_high
-        for factor in SHRINK_FACTORS[1:]:
+        for factor, sign in product(SHRINK_FACTORS, (1, -1) if spec.symmetric else (1,)):
             try_low = start_low if moved == "high" else start_low * factor
             try_high = start_high if moved == "low" else start_high * factor
             scale, zero = _cover(try_low, try_high, spec)
+            scale *= sign
             error = _error(grouped, scale, None if spec.symmetric else zero, spec, importance)
             better = error < best
             best = torch.where(better, error, best)

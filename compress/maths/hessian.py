@@ -79,6 +79,7 @@ def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
             inverse = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             if bool(inverse.isfinite().all()):
+                del lower, backwards  # as large as what is returned, and the peak of a layer with many columns
                 return inverse.flip(0, 1), damping
         damping = damping * 10 if damping else FIRST_DAMPING
     raise NotPositiveDefinite(f"the Hessian is not positive definite, not even with damping {LAST_DAMPING:g}")

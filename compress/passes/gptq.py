@@ -238,12 +238,22 @@ class GPTQ(BlockPass):
         spec.columns_per_group(layer.inputs)
         return spec
 
-    def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """The Hessian, its reordered copy and two factors; or the Hessian, the factor and five copies of the weight."""
+    def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+        """The Hessian, and one batch of the layer's input, which is a copy where the model computes in 16 bits."""
 
         def of(layer: LayerShape) -> int:
-            square, weight = 4 * layer.inputs**2, 4 * layer.inputs * layer.outputs
-            return max(4 * square, 2 * square + 5 * weight) + 4 * tokens_per_batch * layer.inputs
+            return 4 * layer.inputs**2 + (4 * tokens_per_batch * layer.inputs if layer.dtype.itemsize < 4 else 0)
+
+        return max(map(of, layers), default=0)
+
+    def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+        """Tables in float32, the larger of two moments. Factorising: the Hessian, its reordered copy, that turned
+        round, its Cholesky factor, and the inverse of the factor. Measuring a rounded weight's loss: Hessian, factor,
+        and the weight, its rounded form, their difference and the product with the Hessian, beside the codes."""
+
+        def of(layer: LayerShape) -> int:
+            square, weights = 4 * layer.inputs**2, layer.inputs * layer.outputs
+            return max(5 * square, 2 * square + 17 * weights)
 
         return max(map(of, layers), default=0)
 
@@ -253,6 +263,7 @@ class GPTQ(BlockPass):
             raise CompressError("gptq needs calibration text")
         layers = block.layers(self.targets, self.skip)
         stages = calibration.stages(list(layers))
+        # The stages are those of one batch; another may reach the layers that are missing there.
         stages += [[name] for name in layers if not any(name in stage for stage in stages)]
         report: dict[str, Any] = {}
         for stage in stages:

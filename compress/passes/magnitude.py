@@ -71,7 +71,8 @@ class Magnitude(BlockPass):
         check_columns(self.pattern, layer.inputs)
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """The float copy, the scores twice, the masks, and what selecting over a whole layer copies."""
+        """Scores in float32, again without what is zero already, what selecting in them copies (12 bytes a weight),
+        and masks."""
         return max((26 * layer.outputs * layer.inputs for layer in layers), default=0)
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from compress.maths.grid import QuantSpec, dequantize, find_params, quantize, spec_for
+from compress.maths.packing import CHUNK_ELEMENTS
 from compress.passes.base import BlockPass, LayerShape
 
 if TYPE_CHECKING:
@@ -75,8 +76,13 @@ class RTN(BlockPass):
         return spec
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """The codes, and the weight three times in float32 while its error is measured."""
-        return max((13 * layer.outputs * layer.inputs for layer in layers), default=0)
+        """Codes (1 byte a weight), and the weight in float32 while the error is measured: dequantized, and as a copy
+        where it is stored in 16 bits. Packing works on 2**20 codes at a time: three tables of 4 bytes each."""
+
+        def of(layer: LayerShape) -> int:
+            return (5 if layer.dtype.itemsize >= 4 else 9) * layer.outputs * layer.inputs
+
+        return max(map(of, layers), default=0) + 12 * CHUNK_ELEMENTS
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         layers: dict[str, Any] = {}

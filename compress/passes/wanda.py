@@ -78,31 +78,33 @@ class Wanda(BlockPass):
         check_columns(self.pattern, layer.inputs)
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """The float copy, the scores twice, and the masks."""
-        return max((16 * layer.outputs * layer.inputs for layer in layers), default=0)
+        """As magnitude: scores in float32, again without what is zero already, what selecting in them copies (12 bytes
+        a weight), and masks."""
+        return max((26 * layer.outputs * layer.inputs for layer in layers), default=0)
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
+        """One look at the inputs of all layers of the block as it came in, as in the paper; then each is pruned."""
         if calibration is None:
             raise CompressError("wanda needs calibration text")
         layers = block.layers(self.targets, self.skip)
         stages = calibration.stages(list(layers))
-        stages += [[name] for name in layers if not any(name in stage for stage in stages)]
-        report: dict[str, Any] = {}
-        for stage in stages:
+        unseen = [name for name in layers if not any(name in stage for stage in stages)]
+        inputs: dict[str, ColumnNorms] = {}
+        for stage in [*stages, *([name] for name in unseen)]:
             weight = layers[stage[0]].weight
-            inputs = ColumnNorms(weight.shape[1], weight.device)
-            calibration.observe({stage[0]: inputs.add})
-            for name in stage:
-                report[name] = self._prune(layers[name], inputs.norms if inputs.count else None)
-        return {"layers": report}
+            inputs |= dict.fromkeys(stage, ColumnNorms(weight.shape[1], weight.device))
+        calibration.observe({stage[0]: inputs[stage[0]].add for stage in stages})
+        for name in unseen:  # the stages are those of one batch; another may reach these layers as well
+            calibration.observe({name: inputs[name].add})
+        return {"layers": {name: self._prune(layer, inputs[name]) for name, layer in layers.items()}}
 
-    def _prune(self, layer: Layer, norms: Tensor | None) -> dict[str, Any]:
+    def _prune(self, layer: Layer, inputs: ColumnNorms) -> dict[str, Any]:
         """A layer that no token reached is pruned by magnitude alone, and says so."""
         weight = layer.weight
-        scores = weight.float().abs() if norms is None else wanda_scores(weight, norms)
+        scores = wanda_scores(weight, inputs.norms) if inputs.count else weight.float().abs()
         keep = keep_mask(weight, scores, self.sparsity, self.pattern, per="row")
         weight, entry = pruned(weight, keep, scores)
         layer.set_weight(weight)
-        return (
-            entry if norms is not None else {**entry, "fallback": "magnitude: no calibration token reached the layer"}
-        )
+        if inputs.count:
+            return entry
+        return {**entry, "fallback": "magnitude: no calibration token reached the layer"}

@@ -183,18 +183,31 @@ def _short(model: str) -> str:
 
 
 def damage_plot(report: Report) -> str | None:
-    """Relative error block by block, for the passes that recorded it."""
+    """Relative error block by block: of the blocks' outputs, or of the weights for passes that saw no text."""
     lines = []
     for stage in report.stages:
-        errors = [_error(block) for block in stage.blocks]
+        label, errors = stage.pass_, [_error(block) for block in stage.blocks]
+        if all(error is None for error in errors):
+            label, errors = f"{stage.pass_} (weights)", [_mean_layer_error(block) for block in stage.blocks]
         if any(error is not None for error in errors):
-            lines.append((stage.pass_, errors))
+            lines.append((label, errors))
     return plots.block_damage(lines) if lines else None
 
 
 def _error(entry: Any) -> float | None:
-    value = entry.get("error", entry.get("relative_error")) if isinstance(entry, dict) else None
+    """The relative error that a pass states of a block (`error`) or a layer (`loss`)."""
+    value = entry.get("error", entry.get("loss")) if isinstance(entry, dict) else None
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _layers(block: dict[str, Any]) -> dict[str, Any]:
+    found = block.get("layers")
+    return found if isinstance(found, dict) else {}
+
+
+def _mean_layer_error(block: dict[str, Any]) -> float | None:
+    errors = [error for entry in _layers(block).values() if (error := _error(entry)) is not None]
+    return sum(errors) / len(errors) if errors else None
 
 
 def worst_layers(report: Report, most: int = 5) -> list[dict[str, str]]:
@@ -202,8 +215,7 @@ def worst_layers(report: Report, most: int = 5) -> list[dict[str, str]]:
     found = []
     for stage in report.stages:
         for i, block in enumerate(stage.blocks):
-            layers = block.get("layers")
-            for name, entry in layers.items() if isinstance(layers, dict) else ():
+            for name, entry in _layers(block).items():
                 error = _error(entry)
                 if error is not None:
                     found.append((error, stage.pass_, f"{block.get('name', f'block {i}')}.{name}"))

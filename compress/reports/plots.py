@@ -60,7 +60,7 @@ def quality_against_size(points: Sequence[Point], quality: str) -> str:
 
 
 def block_damage(stages: Sequence[tuple[str, Sequence[float | None]]]) -> str:
-    """SVG: relative squared error of every block's output, a line for each pass."""
+    """SVG: relative squared error of every block, a line for each pass."""
     figure, axes = _figure(5.2, 2.5)
     longest = 0
     for i, (label, errors) in enumerate(stages):
@@ -72,8 +72,8 @@ def block_damage(stages: Sequence[tuple[str, Sequence[float | None]]]) -> str:
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
-    axes.set_ylabel("relative error of its output")
-    if len(stages) > 1:
+    axes.set_ylabel("relative error")
+    if len(stages) > 1 or stages[0][0].endswith(")"):
         axes.legend(frameon=False, labelcolor=INK)
     return _svg(figure, "damage", "relative error block by block")
 

@@ -80,10 +80,19 @@ def test_search_never_makes_the_weighted_error_larger(spec, seed, weighed):
 def test_search_cuts_an_outlier_off_where_the_rest_matters_more():
     weight = torch.tensor([[1.0, -1.0, 0.9, -0.9, 0.5, -0.5, 0.1, 2.0]])
     spec = QuantSpec(bits=2)
-    assert find_params(weight, spec, search=True)[0] < find_params(weight, spec)[0]
+    assert find_params(weight, spec, search=True)[0].abs() < find_params(weight, spec)[0]
     important = torch.tensor([0.0] * 7 + [1.0])
     outlier = rounded(weight, spec, search=True, importance=important)[0, 7]
     assert abs(outlier - 2.0) < abs(rounded(weight, spec, search=True)[0, 7] - 2.0)
+
+
+def test_search_turns_a_symmetric_grid_round_where_the_longer_side_is_above_zero():
+    weight = torch.tensor([[2.0, -1.0, 0.0, 1.0, 1.0], [-2.0, 1.0, 0.0, -1.0, 1.0]])
+    spec = QuantSpec(2)
+    scale, _ = find_params(weight, spec, search=True)
+    assert scale[0] < 0 < scale[1]  # codes -2..1: the first row needs 2, 1, 0 and -1
+    assert (rounded(weight, spec, search=True) - weight).abs().max() < 0.05
+    assert (rounded(weight, spec) - weight).abs().max() > 0.4
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -73,16 +73,18 @@ def test_magnitude_counts_over_the_layer_or_over_each_row():
     assert ((by_row.modules["first"].weight != 0).sum(1) == 8).all()
 
 
-def test_wanda_compares_within_a_row_by_the_inputs_after_the_layers_before_it():
+def test_wanda_compares_within_a_row_by_the_inputs_of_the_block_as_it_came_in():
     block = StubBlock()
     inputs = block.random_inputs()
-    Wanda().compress_block(block, StubCalibration(block, inputs))
-    hidden = inputs @ block.modules["first"].weight.detach().T
+    calibration = StubCalibration(block, inputs)
+    Wanda().compress_block(block, calibration)
+    hidden = inputs @ block.original["first"].T
     for name, x in (("first", inputs), ("twin", inputs), ("second", hidden)):
         scores = block.original[name].abs() * x.norm(dim=0)
         lowest = scores.argsort(dim=1)[:, :8]
         expected = block.original[name].scatter(1, lowest, 0.0)
         assert torch.equal(block.modules[name].weight, expected)
+    assert calibration.observed == ["first", "second", "silent"]  # the twin shares its input with the first
 
 
 def test_wanda_prunes_a_layer_that_no_token_reached_by_magnitude_and_says_so():

@@ -52,7 +52,7 @@ def build(name: str = "four-bits", decode: float = 100.0, verdict: str = "no_dif
         "energy_joules_per_token": Comparison(sentence=EXACT),
     }
     blocks = [
-        {"name": f"model.layers.{i}", "error": 0.01 * (i + 1), "layers": {"mlp.down_proj": {"error": 0.02 * i}}}
+        {"name": f"model.layers.{i}", "error": 0.01 * (i + 1), "layers": {"mlp.down_proj": {"loss": 0.02 * i}}}
         for i in range(4)
     ]
     stage = Stage(

@@ -160,3 +160,12 @@ def test_the_further_models_of_a_benchmark_are_set_side_by_side(make_report):
 def test_no_folder_is_refused():
     with pytest.raises(StartError, match="needs the folder"):
         render([])
+
+
+def test_a_pass_that_saw_no_text_shows_the_error_of_its_weights(make_report):
+    report = make_report()
+    blocks = [{**block, "error": None} for block in report.stages[0].blocks]
+    report.stages = [report.stages[0].model_copy(update={"pass_": "rtn", "blocks": blocks})]
+    found = parsed(page(report))
+    assert found.svgs == 2
+    assert "rtn (weights)" in " ".join(found.text)

@@ -1,0 +1,141 @@
+"""Quality, size and time of the four passes on one language model, each written, reloaded and measured side by side.
+
+    python benchmarks/quality.py MODEL --calibration FILE --evaluation FILE [--length 256] [--samples 400]
+        [--group-size 64] [--separator bos|none] [--calibration-seed 1234] --name NAME
+
+Writes benchmarks/results/quality-NAME.json and .md. The original is measured once; every method is a whole run (recipe
+in, folder out, verified by plain transformers) followed by `compress.benchmark`. The text is cut as the recipe says:
+perplexity over sequential windows, first position unscored, in the model's stored dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import compress
+from compress.reports.report import Report
+
+METRICS = "[perplexity, kl_divergence, top1_agreement, weights_bytes, bits_per_weight]"
+RESULTS = Path(__file__).parent / "results"
+
+
+def methods(group: int) -> dict[str, dict[str, Any]]:
+    """Name of the row -> the pass."""
+    return {
+        "rtn 4 bits": {"rtn": {"bits": 4, "group_size": group}},
+        "rtn 3 bits": {"rtn": {"bits": 3, "group_size": group}},
+        "gptq 4 bits": {"gptq": {"bits": 4, "group_size": group}},
+        "gptq 3 bits": {"gptq": {"bits": 3, "group_size": group}},
+        "magnitude 50 %": {"magnitude": {"sparsity": 0.5}},
+        "wanda 50 %": {"wanda": {"sparsity": 0.5}},
+        "wanda 2:4": {"wanda": {"pattern": "2:4"}},
+    }
+
+
+def extra_methods() -> dict[str, dict[str, Any]]:
+    """The 2-bit rows of published comparisons: groups of 32."""
+    return {
+        "rtn 2 bits g32": {"rtn": {"bits": 2, "group_size": 32}},
+        "gptq 2 bits g32": {"gptq": {"bits": 2, "group_size": 32}},
+    }
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Runs every method, measures all against the original, and returns the rows."""
+    text = {"length": options.length, "separator": options.separator}
+    data = {
+        "calibration": {"source": options.calibration, "samples": 128, "seed": options.calibration_seed, **text},
+        "evaluation": {"source": options.evaluation, "samples": options.samples, **text},
+    }
+    rows = methods(options.group_size) | (extra_methods() if options.two_bits else {})
+    reports: dict[str, Report] = {}
+    for number, (name, pass_) in enumerate(rows.items()):
+        recipe = {
+            "model": options.model, "data": data, "passes": [pass_], "benchmark": False, "output": f"{scratch}/{number}",
+        }  # fmt: skip
+        reports[name] = compress.run(recipe)
+        print(name, reports[name].stages[0].seconds, "s", flush=True)
+    overrides = [f"data.evaluation={json.dumps(data['evaluation'])}", f"benchmark.metrics={METRICS}"]
+    folders = [f"{scratch}/{number}/model" for number in range(len(rows))]
+    found = compress.benchmark([options.model, *folders], overrides=overrides)
+    figures = [found.compressed, *(other.measurements for other in found.others)]
+    comparisons = [found.comparison, *(other.comparison for other in found.others)]
+    lines = [_row("original", found.original, None, None)]
+    for name, figure, comparison in zip(rows, figures, comparisons, strict=True):
+        lines.append(_row(name, figure, comparison, reports[name].stages[0].seconds))
+    return {
+        "command": "python benchmarks/quality.py ...", "options": _public(options), "environment": found.environment,
+        "rows": lines,
+    }  # fmt: skip
+
+
+def _row(name: str, figures: Any, comparison: Any, seconds: float | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": name, "seconds": seconds}
+    for metric, figure in figures.items():
+        row[metric] = figure.value
+    if comparison is not None:
+        change = comparison["perplexity"]
+        row["perplexity_change"] = {"low": change.ci_low, "high": change.ci_high, "verdict": change.verdict}
+    return row
+
+
+def _public(options: argparse.Namespace) -> dict[str, Any]:
+    """The options without the folders of this machine."""
+    values = vars(options).copy()
+    for name in ("model", "calibration", "evaluation"):
+        values[name] = Path(values[name]).name
+    return values
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The rows as a table."""
+    lines = [
+        "| method | ppl | 95 % of the change | kl | top-1 | weights kB | bits/weight | seconds |",
+        "|---|" + "---|" * 7,
+    ]
+    for row in result["rows"]:
+        change = row.get("perplexity_change")
+        span = "" if change is None or change["low"] is None else f"{change['low']:+.3f} to {change['high']:+.3f}"
+        cells = [
+            row["method"], _number(row.get("perplexity"), 3), span, _number(row.get("kl_divergence"), 4),
+            _number(row.get("top1_agreement"), 3), _number(row["weights_bytes"] / 1e3, 0),
+            _number(row.get("bits_per_weight"), 2), _number(row["seconds"], 1),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--separator", default="bos", choices=["bos", "none"])
+    parser.add_argument("--calibration-seed", type=int, default=1234)
+    parser.add_argument("--two-bits", action="store_true", help="also 2 bits in groups of 32")
+    options = parser.parse_args()
+    for name in ("model", "calibration", "evaluation"):
+        if Path(getattr(options, name)).exists():
+            setattr(options, name, str(Path(getattr(options, name)).resolve()))
+    with tempfile.TemporaryDirectory() as scratch:
+        result = measure(options, Path(scratch))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"quality-{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"quality-{options.name}.md").write_text(markdown(result))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
