@@ -55,7 +55,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     reports: dict[str, Report] = {}
     for number, (name, pass_) in enumerate(rows.items()):
         recipe = {
-            "model": options.model, "data": data, "passes": [pass_], "benchmark": False, "output": f"{scratch}/{number}",
+            "model": options.model, "data": data, "passes": [pass_], "benchmark": False,
+            "output": f"{scratch}/{number}",
         }  # fmt: skip
         reports[name] = compress.run(recipe)
         print(name, reports[name].stages[0].seconds, "s", flush=True)

@@ -14,9 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress.comparing import benchmark as benchmark
     from compress.errors import CompressError as CompressError
     from compress.loading import load as load
-    from compress.comparing import benchmark as benchmark
     from compress.passes.gptq import GPTQ as GPTQ
     from compress.passes.magnitude import Magnitude as Magnitude
     from compress.passes.rtn import RTN as RTN

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class _Capture:
         return (hidden, None) if self.returns_tuple else hidden
 
 
-class _Recorder(nn.Module):
+class _Recorder(nn.Module):  # type: ignore[misc]
     """Stands in for a block during capture: notes how it is called and returns its input as the block would."""
 
     def __init__(self, block: nn.Module, index: int, capture: _Capture):
@@ -108,7 +109,7 @@ def _run_recorded(model: ModelHandle, runner: nn.Module, batch: dict[str, torch.
     """Runs `runner` (the model, or its part without a head) on one batch with recorders for blocks."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     if "use_cache" in inspect.signature(runner.forward).parameters:
-        batch["use_cache"] = False  # type: ignore[assignment]
+        batch["use_cache"] = False
     with _recording(model.stacks[0], capture):
         return runner(**batch)
 
@@ -243,7 +244,7 @@ class BlockCalibration:
                     return
             seen.append((x, [name]))
 
-        with self._hooked({name: lambda x, name=name: note(name, x) for name in names}):
+        with self._hooked({name: partial(note, name) for name in names}):
             self._first_output()
         self.silent = tuple(name for name, count in counts.items() if not count)
         self._repeated = any(count > 1 for count in counts.values())
@@ -260,7 +261,7 @@ class BlockCalibration:
             if not waiting and not self._repeated:
                 raise _Enough
 
-        with self._hooked({name: lambda x, name=name: give(name, x) for name in observers}):
+        with self._hooked({name: partial(give, name) for name in observers}):
             for hidden, call in self.stream.inputs(self.block):
                 waiting.update(name for name in observers if name not in self.silent)
                 try:

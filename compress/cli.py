@@ -248,12 +248,12 @@ def _explain(error: Exception) -> None:
         click.echo(f"compress: {error}", err=True)
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         click.echo(
-            "compress: out of memory. `compress plan` says what the recipe needs; residency: disk needs least. The same "
-            "command continues where it stopped.", err=True,
+            "compress: out of memory. `compress plan` says what the recipe needs; residency: disk needs least. "
+            "The same command continues where it stopped.", err=True,
         )  # fmt: skip
     else:
         first = (str(error).splitlines() or [""])[0]
         click.echo(
-            f"compress: an error that should not happen: {type(error).__name__}: {first}. Run again with --debug for the "
-            "traceback, and please report it.", err=True,
+            f"compress: an error that should not happen: {type(error).__name__}: {first}. Run again with --debug for "
+            "the traceback, and please report it.", err=True,
         )  # fmt: skip

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from compress.data import Windows
 from compress.errors import StartError
+from compress.locating import locate
 from compress.measure import benchmark as stage
-from compress.opening import locate, read_config, read_tokenizer
+from compress.opening import read_config, read_tokenizer
 from compress.preparation import benchmark_job, check_device, cut_texts
 from compress.progress import Progress
 from compress.recipe import Recipe
@@ -37,9 +38,7 @@ def benchmark(
         raise StartError("benchmark: false leaves nothing to measure.")
     folders = [str(locate(name)) for name in names]
     first = Path(folders[0])
-    texts = cut_texts(
-        recipe.data, ["evaluation"], read_tokenizer(first), read_config(first), recipe.base, recipe.seed
-    )
+    texts = cut_texts(recipe.data, ["evaluation"], read_tokenizer(first), read_config(first), recipe.base, recipe.seed)
     evaluation: Windows | None = texts.get("evaluation")
     job = benchmark_job(recipe, check_device(recipe.device), evaluation)
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:

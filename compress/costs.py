@@ -102,7 +102,7 @@ def _block(pass_: BlockPass, shape: ModelShape, holding: Holding, block: BlockSh
 def activations(shape: ModelShape, widest: int, tokens: int, length: int) -> int:
     """One batch at the widest place of a block, its attention mask, and the scores where a kernel keeps them (with
     their softmax in float32)."""
-    size = shape.dtype.itemsize
+    size: int = shape.dtype.itemsize
     return tokens * (widest * size + length * size + shape.scored_heads * length * (size + 4))
 
 

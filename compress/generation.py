@@ -11,7 +11,8 @@ from transformers import TextStreamer
 
 from compress.errors import StartError
 from compress.loading import load
-from compress.opening import locate, read_tokenizer
+from compress.locating import locate
+from compress.opening import read_tokenizer
 from compress.preparation import check_device
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from compress.allocator import return_freed_memory
 from compress.checkpoint import TensorSource, TensorSpec
 from compress.errors import CompressError, StartError
 from compress.formats.base import Contents
+from compress.locating import context_length
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.base import selected
 
@@ -52,9 +52,7 @@ class Layer:
         """Writes `weight` [out, in], cast to the layer's dtype, into the parameter."""
         self.weight.copy_(weight)
 
-    def quantize(
-        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec
-    ) -> None:
+    def quantize(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec) -> None:
         """Makes this a quantized layer: `codes` int8 [out, in], `scale` [out, groups], `zero` int8 [out, groups].
 
         Until the block is sealed the dense module stays, holding the dequantized weight, because the calibration
@@ -81,9 +79,7 @@ class Block:
     def module(self) -> nn.Module:
         return self.stack.modules[self.index]
 
-    def layers(
-        self, targets: Sequence[str] | None = None, skip: Sequence[str] = ()
-    ) -> dict[str, Layer]:
+    def layers(self, targets: Sequence[str] | None = None, skip: Sequence[str] = ()) -> dict[str, Layer]:
         """The block's dense matrices by their name inside it: those that `targets` and `skip` (patterns) select."""
         return {
             name: Layer(self, name, module)
@@ -118,7 +114,7 @@ class Block:
         """The number of weights in matrices of the block (packed ones counted as unpacked; biases, norms not)."""
         packed = [m for m in self.module.modules() if isinstance(m, QuantLinear)]
         plain = sum(p.numel() for p in self.module.parameters() if p.dim() >= 2)
-        return plain + sum(m.in_features * m.out_features for m in packed)
+        return int(plain + sum(m.in_features * m.out_features for m in packed))
 
 
 class Stack:
@@ -214,7 +210,7 @@ class ModelHandle:
         return self.model.dtype
 
     @property
-    def context_length(self) -> int:
+    def context_length(self) -> int | None:
         return context_length(self.config)
 
     def block_list(self) -> list[Block]:
@@ -236,7 +232,9 @@ class ModelHandle:
             if self.latest is not None:
                 block.restore(*self.latest.read(block, self.device))
             else:
-                place_tensors(block.module, self._read_original(block), block.name)
+                state = block.module.state_dict()
+                tensors = {name: self._original(f"{block.name}.{name}", old) for name, old in state.items()}
+                place_tensors(block.module, tensors, block.name)
         return block
 
     def release(self, block: Block) -> None:
@@ -246,21 +244,16 @@ class ModelHandle:
             self.live_blocks -= 1
         return_freed_memory()
 
-    def _read_original(self, block: Block) -> dict[str, torch.Tensor]:
+    def _original(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of the base model's files by its name in the model, as `like` in dtype, on the device."""
         assert self.source is not None
-        dtype = self.dtype
-        tensors = {}
-        for name, old in block.module.state_dict().items():
-            tensor = self.source.read(self._checkpoint_name(f"{block.name}.{name}"))
-            tensors[name] = tensor.to(self.device, dtype if old.is_floating_point() else tensor.dtype)
-        return tensors
+        tensor = self.source.read(self._checkpoint_name(name))
+        return tensor.to(self.device, like.dtype if like.is_floating_point() else tensor.dtype)
 
     def read_outside(self) -> None:
         """Reads what belongs to no block into memory (for a skeleton whose blocks stay on disk)."""
-        assert self.source is not None
         for name, old in self.outside().items():
-            tensor = self.source.read(self._checkpoint_name(name))
-            tensor = tensor.to(self.device, old.dtype if old.is_floating_point() else tensor.dtype)
+            tensor = self._original(name, old)
             path, _, last = name.rpartition(".")
             parent = self.model.get_submodule(path)
             if last in parent._parameters:
@@ -325,9 +318,15 @@ class ModelHandle:
             state = {n: _Stored(t.dtype, tuple(t.shape), partial(_same, t)) for n, t in block.state().items()}
             return state, block.quantized()
         if self.latest is None:
-            raise StartError("With residency: disk there is nothing to write before a pass has run.")
+            state = {
+                name: _Stored(old.dtype, tuple(old.shape), partial(self._original, f"{block.name}.{name}", old))
+                for name, old in block.state().items()
+            }
+            return state, {}
         source = self.latest.source(block)
-        state = {name: _Stored(*source.info(name), partial(source.read, name)) for name in source.names()}
+        state = {
+            n: _Stored(source.info(n).dtype, source.info(n).shape, partial(source.read, n)) for n in source.names()
+        }
         return state, self.latest.quantized(block)
 
     def record(self, pass_: Pass) -> None:
@@ -349,19 +348,3 @@ def _to_meta(module: nn.Module) -> None:
         for name, buffer in child._buffers.items():
             if buffer is not None and name not in child._non_persistent_buffers_set:
                 child._buffers[name] = buffer.to("meta")
-
-
-def context_length(config: PretrainedConfig) -> int:
-    """The longest input in tokens that the model was made for (256 when its config does not say)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for field in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        value = getattr(text, field, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 256
-
-
-def model_folder(folder: Path) -> Path:
-    """`DIR` or `DIR/model`, whichever holds the model's config."""
-    inner = folder / "model"
-    return inner if not (folder / "config.json").exists() and (inner / "config.json").exists() else folder

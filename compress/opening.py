@@ -13,43 +13,7 @@ from compress.allocator import settle_allocator
 from compress.checkpoint import TensorSource, check_finite
 from compress.errors import CompressError, StartError
 from compress.loading import model_class, skeleton
-from compress.model import ModelHandle, model_folder
-
-_WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-
-
-def locate(model: str) -> Path:
-    """The local folder of a model: `builtin:<name>`, a folder (`DIR` or `DIR/model`), or a hub id (downloaded)."""
-    if model.startswith("builtin:"):
-        from compress import builtin
-
-        try:
-            return builtin.model_path(model.removeprefix("builtin:"))
-        except ValueError as error:
-            raise StartError(f"model: {error}") from None
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return model_folder(folder)
-    if folder.exists():
-        raise StartError(f"model: {model} is a file; a model is a folder with config.json and *.safetensors.")
-    return _download(model)
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=_WANTED_FILES))
-    except HFValidationError:
-        raise StartError(f"model: {model} is neither a folder here nor a name a hub could have (owner/name).") from None
-    except RepositoryNotFoundError:
-        raise StartError(f"model: the hub has no model {model}, or it needs a login (hf auth login).") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise StartError(
-            f"model: {model} is no folder here, so the Hugging Face hub is needed, and it cannot be reached "
-            f"({type(error).__name__}). Give a local folder, or builtin:tiny."
-        ) from error
+from compress.model import ModelHandle
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -92,7 +56,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
     """The dtype to compress in: the one named, or with `auto` the one the config states (float32 without)."""
     if dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
+        return getattr(torch, dtype)
     stated = getattr(config, "dtype", None)
     return stated if isinstance(stated, torch.dtype) else torch.float32
 
@@ -107,9 +71,7 @@ def check_weights(folder: Path) -> None:
             raise CompressError(f"{folder}: {error}") from None
 
 
-def open_model(
-    folder: Path, *, dtype: str = "auto", device: str = "cpu", residency: str = "memory"
-) -> ModelHandle:
+def open_model(folder: Path, *, dtype: str = "auto", device: str = "cpu", residency: str = "memory") -> ModelHandle:
     """Opens a model folder for compression; see `ModelHandle` for the two residencies."""
     settle_allocator()
     config = read_config(folder)

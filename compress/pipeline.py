@@ -174,9 +174,7 @@ def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[St
     return [note] if note else []
 
 
-def _report(
-    recipe: Recipe, ready: Prepared, stages: list[Stage], verified: Verified, notes: list[str]
-) -> Report:
+def _report(recipe: Recipe, ready: Prepared, stages: list[Stage], verified: Verified, notes: list[str]) -> Report:
     threads = torch.get_num_threads()
     texts: dict[str, Windows | None] = {"calibration": ready.calibration, "evaluation": ready.evaluation}
     data = {
@@ -193,4 +191,3 @@ def _report(
         verified=verified,
         notes=[*ready.notes, *notes],
     )
-

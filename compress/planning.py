@@ -21,7 +21,8 @@ from compress.errors import StartError
 from compress.formats.base import Format
 from compress.formats.folder import default_format, packed_export_note
 from compress.loading import stored_dtype
-from compress.opening import locate, read_config, refuse_quantized, resolve_dtype
+from compress.locating import locate
+from compress.opening import read_config, refuse_quantized, resolve_dtype
 from compress.passes.base import BlockPass, Pass
 from compress.registry import FORMATS
 from compress.shapes import ModelShape

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from compress.data import Windows, items, overlap, token_windows, windows_from
 from compress.errors import StartError
-from compress.measure.benchmark import BenchmarkJob
-from compress.model import context_length
-from compress.opening import locate, read_config, read_tokenizer, refuse_quantized
+from compress.locating import context_length, locate
+from compress.measure.measurements import BenchmarkJob
+from compress.opening import read_config, read_tokenizer, refuse_quantized
 from compress.planning import Plan, plan, refuse
 from compress.recipe import Data, Recipe, Role
 from compress.workspace import Workspace, fingerprint_folder
@@ -78,9 +78,7 @@ def check_device(device: str) -> str:
     return device
 
 
-def _texts(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig
-) -> dict[str, Windows]:
+def _texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> dict[str, Windows]:
     """The windows of each text that this recipe makes use of."""
     wanted: list[Role] = []
     if any(pass_.needs_calibration for pass_ in recipe.passes):
@@ -95,7 +93,7 @@ def cut_texts(
     seed: int,
 ) -> dict[str, Windows]:  # fmt: skip
     """The windows of those roles that `data` has an entry for."""
-    found = {}
+    found: dict[str, Windows] = {}
     for role in roles:
         entry = getattr(data, role)
         if entry is None:
@@ -132,7 +130,7 @@ def _probe(text: Windows | None, config: PretrainedConfig, seed: int) -> Windows
     if text is not None and text.mask is None:
         tokens = text.tokens[:PROBE_WINDOWS, :PROBE_LENGTH]
     else:
-        length = min(PROBE_LENGTH, context_length(config))
+        length = min(PROBE_LENGTH, context_length(config) or PROBE_LENGTH)
         generator = torch.Generator().manual_seed(seed)
         vocabulary = config.get_text_config().vocab_size
         tokens = torch.randint(0, vocabulary, (PROBE_WINDOWS, length), generator=generator)

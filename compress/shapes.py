@@ -18,7 +18,8 @@ from compress.checkpoint import TensorSpec, checkpoint_bytes
 from compress.errors import CompressError
 from compress.formats.base import Contents
 from compress.loading import skeleton
-from compress.model import Block, Layer, ModelHandle, context_length
+from compress.locating import context_length
+from compress.model import Block, Layer, ModelHandle
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.base import BlockPass, LayerShape, Pass
 from compress.walk import check_coverage
@@ -49,7 +50,7 @@ class ModelShape:
         head = model.get_output_embeddings()
         self.hidden = int(text.hidden_size)
         self.vocabulary = 0 if head is None else int(head.weight.shape[0])
-        self.context = context_length(model.config)
+        self.context = context_length(model.config) or 256
         #: Attention heads whose scores [length, length] are held in full; 0 where the kernel never forms them.
         self.scored_heads = int(text.num_attention_heads) if model.config._attn_implementation == "eager" else 0
         self.experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 1)
@@ -89,7 +90,7 @@ class ModelShape:
             elif weight is not None and weight.dim() == 2:
                 given += weight.shape[1 if isinstance(module, Conv1D) else 0]
         fused = [p for p in block.module.parameters() if p.dim() == 3]
-        return given + self.experts_per_token * sum(max(p.shape[1:]) for p in fused)
+        return int(given + self.experts_per_token * sum(max(p.shape[1:]) for p in fused))
 
     def apply(self, pass_: Pass) -> float:
         """Plays a pass through; returns the share of the blocks' matrix weights that it changes.

@@ -1,8 +1,8 @@
 """Tiny random models of many families, and the checks that any pass must stand: for our tests and for yours.
 
-    from compress.testing import check_pass
-    def test_my_pass_conforms():
-        check_pass(MyPass(strength=0.5))
+from compress.testing import check_pass
+def test_my_pass_conforms():
+    check_pass(MyPass(strength=0.5))
 """
 
 from __future__ import annotations

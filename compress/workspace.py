@@ -119,8 +119,8 @@ class Workspace:
             _refuse_change(folder, read_json(run), recipe, fingerprints)
         elif any(entry.name != FOLDER for entry in folder.iterdir()):
             raise StartError(
-                f"output: {folder} holds files that are not a run's. Name another folder with --output, or give --fresh "
-                "to have what a run writes there replaced."
+                f"output: {folder} holds files that are not a run's. Name another folder with --output, or give "
+                "--fresh to have what a run writes there replaced."
             )
 
     @classmethod
@@ -150,7 +150,8 @@ class Workspace:
             self._file_lock.acquire(timeout=0)
         except Timeout:
             raise CompressError(
-                f"{self.folder} is in use by another run. Wait for it, or give this one a folder of its own with --output."
+                f"{self.folder} is in use by another run. Wait for it, or give this one a folder of its own with "
+                "--output."
             ) from None
 
     def _clear(self) -> None:

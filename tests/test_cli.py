@@ -26,13 +26,17 @@ def call(capsys, *arguments):
 
 @pytest.mark.parametrize("code", ["import compress", "import compress.cli", "from compress.cli import commands"])
 def test_importing_the_package_imports_no_torch(code):
-    check = f"{code}; import sys; heavy = {{'torch', 'transformers', 'pydantic', 'numpy'}} & set(sys.modules); print(heavy)"
+    check = (
+        f"{code}; import sys; heavy = {{'torch', 'transformers', 'pydantic', 'numpy'}} & set(sys.modules); print(heavy)"
+    )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 
 def test_help_runs_without_torch_and_lists_the_commands_of_the_contract():
-    script = "import sys, runpy\nsys.argv = ['compress', '--help']\ntry: runpy.run_module('compress', run_name='__main__')"
+    script = (
+        "import sys, runpy\nsys.argv = ['compress', '--help']\ntry: runpy.run_module('compress', run_name='__main__')"
+    )
     script += "\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip().endswith("False")
@@ -153,7 +157,10 @@ def test_a_hub_model_without_a_hub_says_that_the_hub_is_needed(capsys, recipe, t
 
 def test_debug_shows_the_traceback(recipe):
     done = subprocess.run(
-        [sys.executable, "-m", "compress", "run", str(recipe(passs=[])), "--debug"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "compress", "run", str(recipe(passs=[])), "--debug"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert "Traceback" in done.stderr
 
@@ -174,7 +181,12 @@ def test_a_missed_goal_exits_with_3_and_still_leaves_the_model(capsys, recipe, t
     assert code == 3, err
     report = json.loads(Path(out.strip().splitlines()[-1]).read_text())
     assert report["goals"] == [
-        {"metric": "weights_bytes", "goal": "1kB", "met": False, "value": report["compressed"]["weights_bytes"]["value"]}
+        {
+            "metric": "weights_bytes",
+            "goal": "1kB",
+            "met": False,
+            "value": report["compressed"]["weights_bytes"]["value"],
+        }
     ]
     assert (tmp_path / "out" / "model" / "config.json").exists()
     assert report["original"]["perplexity"]["value"] > 1

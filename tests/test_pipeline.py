@@ -215,7 +215,9 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_uninterrupted_on
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(tiny_folder, text_file, tmp_path / "out")))
     for place in ("tensor", "block", "second pass", "folder", "verify"):
-        done = subprocess.run([sys.executable, "-c", KILLER, str(path), place], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLER, str(path), place], capture_output=True, text=True, cwd=ROOT
+        )
         assert done.returncode == -9, f"{place}: {done.stderr}"
         assert not (tmp_path / "out" / "report.json").exists()
     done = subprocess.run([sys.executable, "-c", KILLER, str(path), "never"], capture_output=True, text=True, cwd=ROOT)
@@ -249,9 +251,7 @@ def test_a_recipe_object_a_mapping_and_a_file_are_taken_alike(tiny_folder, text_
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     from compress.pipeline import as_recipe
 
-    digests = {
-        as_recipe(given).digest() for given in (values, Recipe.from_dict(values), str(tmp_path / "recipe.yaml"))
-    }
+    digests = {as_recipe(given).digest() for given in (values, Recipe.from_dict(values), str(tmp_path / "recipe.yaml"))}
     assert len(digests) == 1
 
 

@@ -35,9 +35,10 @@ def measure_original(
     Kept in `workdir` under the fingerprint of the model's files, the job and the versions; asked for again, the same
     figures come back without measuring. `model`: a folder, `builtin:<name>` or a hub id.
     """
-    from compress.measure.runtimes import is_causal, model_folder, read_config
+    from compress.locating import locate
+    from compress.measure.runtimes import is_causal, read_config
 
-    found = Measurements(model, model_folder(model))
+    found = Measurements(model, locate(model))
     causal = is_causal(read_config(found.folder))
     state = fingerprint(found.folder)
     with (progress or Progress()).step("measuring the original", total=2 + speed) as step:
@@ -68,9 +69,10 @@ def measure_compressed(
     Quality through plain transformers wherever it loads the folder (in lock step with the original where KL or
     agreement is wanted), memory and speed through `compress.load`; speeds of both are taken in turn.
     """
-    from compress.measure.runtimes import is_causal, model_folder, read_config
+    from compress.locating import locate
+    from compress.measure.runtimes import is_causal, read_config
 
-    found = Measurements(str(folder), model_folder(folder))
+    found = Measurements(str(folder), locate(folder))
     first = original_measurements
     causal = is_causal(read_config(found.folder)) and is_causal(read_config(first.folder))
     state = key_of(fingerprint(first.folder), fingerprint(found.folder))
@@ -175,7 +177,7 @@ def _memory(found: Measurements, job: BenchmarkJob, workdir: Path, *, dtype: str
         return
     from transformers import AutoConfig
 
-    from compress.measure.runtimes import context_length
+    from compress.locating import context_length
 
     context = context_length(AutoConfig.from_pretrained(found.folder)) or MEMORY_PROMPT + MEMORY_TOKENS
     tokens = max(2, min(MEMORY_TOKENS, context // 2))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compress.errors import CompressError, StartError
+from compress.errors import CompressError
 
 
 @dataclass(frozen=True)
@@ -57,42 +57,6 @@ class Transformers(Runtime):
         except Exception as error:
             note = f"compress.load could not load {folder}, plain transformers ran it: {first_line(error)}"
             return Loaded(load_plain(folder, dtype=dtype, device=device), self.name, note)
-
-
-def model_folder(model: str | Path) -> Path:
-    """The folder that holds the model's `config.json`: `DIR`, `DIR/model`, an embedded model or a hub snapshot."""
-    text = str(model)
-    if text.startswith("builtin:"):
-        from compress.builtin import model_path
-
-        try:
-            return model_path(text.removeprefix("builtin:"))
-        except ValueError as error:
-            raise StartError(f"{error}.") from error
-    path = Path(text).expanduser()
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
-            return folder.resolve()
-    if path.exists():
-        raise StartError(f"{path} is no model: neither it nor {path / 'model'} holds a config.json.")
-    return _hub_snapshot(text)
-
-
-def _hub_snapshot(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-    except HFValidationError as error:
-        raise StartError(f"{name} does not exist, and is no name of a model on the hub either.") from error
-    except RepositoryNotFoundError as error:
-        raise StartError(f"There is no folder {name}, and no model of that name on the hub.") from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise StartError(
-            f"There is no folder {name}, and the Hugging Face hub cannot be reached to look for it there. "
-            "Give a local folder, or the same command again with a network."
-        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -148,16 +112,6 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise CompressError(f"{folder} has no tokenizer that transformers can load: {first_line(error)}") from error
-
-
-def context_length(config: Any) -> int | None:
-    """Most tokens the model can read, from its config; None when it states no limit."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"):
-        value = getattr(config, key, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def first_line(error: BaseException) -> str:

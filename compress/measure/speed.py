@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from compress.locating import context_length
 from compress.measure.measurements import SpeedSettings
-from compress.measure.runtimes import context_length
 
 POWERCAP = Path("/sys/class/powercap")
 

@@ -28,9 +28,10 @@ def plain_output(folder: Path, ids: Tensor, workdir: Path, *, device: str = "cpu
     """
     from safetensors.torch import load_file, save_file
 
-    from compress.measure.runtimes import is_causal, model_folder, read_config
+    from compress.locating import locate
+    from compress.measure.runtimes import is_causal, read_config
 
-    folder = model_folder(folder)
+    folder = locate(folder)
     workdir.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="verify-", dir=workdir))
     try:

@@ -71,8 +71,9 @@ def quality(job: Job) -> Result:
 
 
 def _answers(job: Job, folder: Path, model: Any) -> dict[str, Any]:
+    from compress.locating import context_length
     from compress.measure.items import score_items
-    from compress.measure.runtimes import context_length, load_tokenizer
+    from compress.measure.runtimes import load_tokenizer
     from compress.measure.speed import generate
 
     tokenizer = load_tokenizer(folder)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from compress.calibration import BlockCalibration
     from compress.data import Windows
-    from compress.model import Block, ModelHandle
     from compress.maths.grid import QuantSpec
+    from compress.model import Block, ModelHandle
     from compress.workspace import Stage
 
 STATES = ("dense", "sparse", "quantized", "adapter")

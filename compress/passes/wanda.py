@@ -77,6 +77,10 @@ class Wanda(BlockPass):
         """Stays dense. StartError if the pattern does not divide the columns."""
         check_columns(self.pattern, layer.inputs)
 
+    def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+        """One batch of the widest layer's input in float32, which is a copy where the model computes in 16 bits."""
+        return max((4 * tokens_per_batch * layer.inputs for layer in layers if layer.dtype.itemsize < 4), default=0)
+
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """As magnitude: scores in float32, again without what is zero already, what selecting in them copies (12 bytes
         a weight), and masks."""

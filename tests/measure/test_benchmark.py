@@ -7,11 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.errors import CompressError, StartError
+from compress.locating import locate
 from compress.measure import benchmark, speed, worker
 from compress.measure.benchmark import BenchmarkJob, measure_original
 from compress.measure.comparison import compare, original_figures
 from compress.measure.jobs import run_child, run_job
-from compress.measure.runtimes import model_folder
+from compress.opening import read_config
 
 QUALITY = ("perplexity", "accuracy", "accuracy/pairs", "kl_divergence", "top1_agreement")
 
@@ -153,13 +154,13 @@ def test_a_broken_model_gives_one_sentence(pair, tmp_path):
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(StartError, match=r"no model.*config\.json"):
-        model_folder(tmp_path)
+    with pytest.raises(StartError, match=r"no config\.json"):
+        read_config(locate(tmp_path))
 
 
 def test_a_model_that_is_nowhere_is_refused_without_a_network(tmp_path):
-    with pytest.raises(StartError, match="hub cannot be reached"):
-        model_folder("nobody/nothing-here")
+    with pytest.raises(StartError, match="hub is needed, and it cannot be reached"):
+        locate("nobody/nothing-here")
 
 
 def test_a_child_that_dies_says_how(tmp_path, monkeypatch):

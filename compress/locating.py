@@ -1,0 +1,57 @@
+"""Where a model is, by its name, and what its config says of its context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compress.errors import StartError
+
+_WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def locate(model: str | Path) -> Path:
+    """The local folder of a model: `builtin:<name>`, a folder (`DIR` or `DIR/model`), or a hub id (downloaded)."""
+    model = str(model)
+    if model.startswith("builtin:"):
+        from compress import builtin
+
+        try:
+            return builtin.model_path(model.removeprefix("builtin:"))
+        except ValueError as error:
+            raise StartError(f"model: {error}") from None
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        inner = folder / "model"
+        bare = not (folder / "config.json").is_file()
+        return inner if bare and (inner / "config.json").is_file() else folder
+    if folder.exists():
+        raise StartError(f"model: {model} is a file; a model is a folder with config.json and *.safetensors.")
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_WANTED_FILES))
+    except HFValidationError:
+        raise StartError(f"model: {model} is neither a folder here nor a name a hub could have (owner/name).") from None
+    except RepositoryNotFoundError:
+        raise StartError(f"model: the hub has no model {model}, or it needs a login (hf auth login).") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise StartError(
+            f"model: {model} is no folder here, so the Hugging Face hub is needed, and it cannot be reached "
+            f"({type(error).__name__}). Give a local folder, or builtin:tiny."
+        ) from error
+
+
+def context_length(config: Any) -> int | None:
+    """Most tokens the model can read, from its config; None when it states no limit."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
