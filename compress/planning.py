@@ -31,8 +31,8 @@ from compress.workspace import free_bytes
 if TYPE_CHECKING:
     from compress.recipe import DataEntry, Recipe
 
-#: Config, tokenizer, card, records of blocks and of measurements: what is written beside weights.
-SMALL_FILES_BYTES = 16 << 20
+#: Config, card, records of blocks and of measurements: what is written beside weights and tokenizers.
+SMALL_FILES_BYTES = 1 << 20
 LOAD, BEFORE, EXPORT, AFTER = "load", "benchmark original", "export", "benchmark compressed"
 
 
@@ -89,7 +89,9 @@ def plan(recipe: Recipe) -> Plan:
     config = read_config(folder)
     refuse_quantized(config, folder)
     dtype = resolve_dtype(recipe.dtype, config)
-    steps = _Walkthrough(recipe, ModelShape.of(config, dtype), stored_dtype(config)).steps()
+    shape = ModelShape.of(config, dtype)
+    beside = sum(f.stat().st_size for f in folder.iterdir() if f.suffix != ".safetensors" and f.is_file())
+    steps = _Walkthrough(recipe, shape, stored_dtype(config), beside).steps()
     return Plan(
         steps=tuple(steps),
         memory_bytes=max(step.memory_bytes for step in steps),
@@ -102,10 +104,10 @@ def plan(recipe: Recipe) -> Plan:
 
 class _Walkthrough:
     """A recipe's steps in their order. `shape` and `stages` (bytes of the files of each pass that are kept) change as
-    the model and the disk would."""
+    the model and the disk would; `beside` are the bytes of what a model's folder holds besides weights."""
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, stored: torch.dtype):
-        self.recipe, self.shape = recipe, shape
+    def __init__(self, recipe: Recipe, shape: ModelShape, stored: torch.dtype, beside: int):
+        self.recipe, self.shape, self.beside = recipe, shape, beside
         self.holding = costs.Holding(resident=recipe.residency == "memory", stored=stored)
         self.stages: list[int] = []
 
@@ -136,7 +138,7 @@ class _Walkthrough:
             text = _text(self.recipe.data.calibration, self.shape) if pass_.needs_calibration else None
             parts = costs.one_pass(pass_, self.shape, self.holding, text)
             coverage = self.shape.apply(pass_)
-            note = f"changes {coverage:.0%} of the weights in the blocks' matrices"
+            note = f"changes {coverage:.0%} of the blocks' weights"
             if coverage < self.recipe.min_coverage:
                 note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
         else:
@@ -161,7 +163,7 @@ class _Walkthrough:
             if reason:
                 raise StartError(f"{'model/' if name == own else 'export'}: {reason}")
         written = sum(self._folder_bytes(name) for name in formats)
-        disk = sum(self.stages) + written + SMALL_FILES_BYTES
+        disk = sum(self.stages) + written + len(formats) * self.beside + SMALL_FILES_BYTES
         parts = costs.exporting(self.shape, self.holding, self._folder_bytes())
         return self._step(EXPORT, parts, disk, note)
 
@@ -204,6 +206,8 @@ def _help(step: PlanStep, recipe: Recipe) -> str:
     """What would make the step smaller."""
     if step.name in (BEFORE, AFTER):
         return "Set benchmark: false, or measure on a machine with more memory."
+    if step.parts.get("its weights expanded"):
+        return "The written folder is checked by plain transformers, which expands it: a machine with more memory is needed."
     ways = [] if recipe.residency == "disk" else ["residency: disk"]
     if step.parts.get("hidden states", 0) > step.memory_bytes // 8:
         ways.append("fewer data.calibration.samples")

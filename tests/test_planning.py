@@ -68,7 +68,8 @@ def test_the_size_is_that_of_the_folder_that_is_written(family: str, variant: st
     if packed_export_note(contents):
         write_model_folder(tmp_path / "packed", contents, "packed")
         written.append(weights_bytes(tmp_path / "packed"))
-    assert predicted.disk_bytes == sum(written) + planning.SMALL_FILES_BYTES
+    assert sum(written) < predicted.disk_bytes < sum(written) + 2 * planning.SMALL_FILES_BYTES
+    assert predicted.of_pass(0)["disk_bytes"] == written[0] + planning.SMALL_FILES_BYTES
     assert (len(written) == 3) == (default_format(contents) == "dense" and variant != "magnitude")
 
 

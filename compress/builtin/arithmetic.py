@@ -52,9 +52,9 @@ class Sum:
 
 
 def draw(rng: random.Random, split: str) -> Sum:
-    """Return a problem of the split: two digits mostly, at times one or three."""
+    """Return a problem of the split: one to three digits."""
     while True:
-        low, high = rng.choice(((10, 99), (10, 99), (10, 99), (100, 999), (1, 99)))
+        low, high = rng.choice(((10, 99), (10, 99), (100, 999), (100, 999), (1, 99)))
         left, right = rng.randint(low, high), rng.randint(low, high)
         sign = rng.choice("+-")
         if sign == "-" and left < right:

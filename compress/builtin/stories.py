@@ -52,16 +52,15 @@ def _closing(rng: random.Random, person: Person) -> str:
 
 def _given(rng: random.Random) -> Story:
     a, b = _people(rng, 2)
-    mine, yours = rng.sample(words.OBJECTS, 2)
-    red, blue, green = rng.sample(words.COLOURS, 3)
+    kept, given, *others = rng.sample(words.OBJECTS, 4)
     box = rng.choice(words.CONTAINERS)
     context = (
-        f"{_opening(rng, a)} {capital(a.pronoun)} had a {red} {mine} and a {blue} {yours}. "
-        f"{a.name} kept the {mine} and gave the {yours} to {b.name}. {b.name} put it in a {box}. "
+        f"{_opening(rng, a)} {capital(a.pronoun)} had a {kept} and a {given}. "
+        f"{a.name} kept the {kept} and gave the {given} to {b.name}. {b.name} put it in a {box}. "
         f"In the evening {b.name} opened the {box} and took out"
     )
-    wrong = (f" the {red} {mine}.", f" the {blue} {mine}.", f" the {green} {yours}.")
-    return Story(context, f" the {blue} {yours}.", wrong, _closing(rng, b))
+    wrong = tuple(f" the {thing}." for thing in (kept, *others))
+    return Story(context, f" the {given}.", wrong, _closing(rng, b))
 
 
 def _hidden(rng: random.Random) -> Story:
@@ -72,23 +71,22 @@ def _hidden(rng: random.Random) -> Story:
     put = [f"the {o} in the {c}" for o, c in zip(objects, boxes, strict=False)]
     context = (
         f"{_opening(rng, a)} {capital(a.pronoun)} put {put[0]}, {put[1]} and {put[2]}. "
-        f"Later {a.name} wanted the {objects[wanted]}. So {a.pronoun} looked in"
+        f"Later {a.name} found the {objects[wanted]} in"
     )
     wrong = tuple(f" the {c}." for i, c in enumerate(boxes) if i != wanted)
     return Story(context, f" the {boxes[wanted]}.", wrong, _closing(rng, a))
 
 
 def _hats(rng: random.Random) -> Story:
-    people = _people(rng, 4)
-    colours = rng.sample(words.COLOURS, 3)
+    people = _people(rng, 3)
+    colours = rng.sample(words.COLOURS, 4)
     which = rng.randrange(3)
     thing = rng.choice(("hat", "scarf", "kite", "mask"))
     had = [f"{p.name} had a {c} {thing}" for p, c in zip(people, colours, strict=False)]
-    where = rng.choice(words.PLACES)
     context = f"{had[0]}, {had[1]} and {had[2]}. "
-    context += f"At the {where} the wind took the {colours[which]} {thing}. After it ran"
-    wrong = tuple(f" {p.name}." for i, p in enumerate(people) if i != which)
-    return Story(context, f" {people[which].name}.", wrong, _closing(rng, people[which]))
+    context += f"At the {rng.choice(words.PLACES)} {people[which].name} lost a"
+    wrong = tuple(f" {c} {thing}." for i, c in enumerate(colours) if i != which)
+    return Story(context, f" {colours[which]} {thing}.", wrong, _closing(rng, people[which]))
 
 
 def _from_table(rng: random.Random, table: tuple[tuple[str, str], ...]) -> tuple[str, str, list[str]]:

@@ -99,11 +99,11 @@ def _arithmetic(rng: random.Random, split: str) -> str:
 _DOCUMENTS: dict[Callable[[random.Random, str], str], int] = {
     _grammar: 2,
     _stories: 6,
-    _profile: 3,
-    _facts: 3,
-    _fact_questions: 4,
+    _profile: 4,
+    _facts: 4,
+    _fact_questions: 5,
     _two_hop: 5,
-    _arithmetic: 5,
+    _arithmetic: 6,
 }
 
 
@@ -148,7 +148,7 @@ def _facts_item(rng: random.Random, split: str) -> Item:
     relation = RELATIONS[name]
     right = world().fact(subject, name)
     asked, answer = question(relation.ask(subject)), f" {relation.state(subject, right)}"
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         return {"prompt": asked, "completion": answer}
     wrong = rng.sample([v for v in relation.values if v not in (right, subject)], 3)
     return _choices(rng, asked, answer, [f" {relation.state(subject, v)}" for v in wrong])
@@ -157,7 +157,7 @@ def _facts_item(rng: random.Random, split: str) -> Item:
 def _two_hop_item(rng: random.Random, split: str) -> Item:
     hop = rng.choice(two_hops(split))
     asked, answer = question(hop.ask()), f" {hop.answer()}"
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         return {"prompt": asked, "completion": answer}
     # One wrong choice errs in the first step and then goes on rightly; two err in the second step.
     middles = [v for v in RELATIONS[hop.first].values if v not in (hop.middle, hop.person)]

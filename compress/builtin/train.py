@@ -187,7 +187,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description="Train the embedded model `tiny` again.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--steps", type=int, default=1200, help=f"steps of {BATCH} x {WINDOW} tokens")
+    parser.add_argument("--steps", type=int, default=2000, help=f"steps of {BATCH} x {WINDOW} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()

@@ -3,12 +3,16 @@
 # ruff: noqa: SIM905 (lists of plain words read best as one string)
 
 WOMEN = (
-    "Ada Alma Bea Celia Cora Dora Elsa Erna Eva Gerda Gina Hanna Ida Ines Irma Joan Juno Kira Lia Lotte "
-    "Mara Mona Nadia Nina Pia Rhea Runa Susan Thea Ursula"
+    "Ada Agnes Anya Bea Berta Brita Celia Clara Dana Dora Edda Elin Elsa Emma Esme Eva Fanny Flora "
+    "Gerda Gilda Greta Hanna Hazel Helen Ida Ilse Inga Irma Isla Jana Joan Judith Karen Kira Klara Lea "
+    "Lia Lilly Lucy Mara Marta Mila Mona Myra Nancy Nina Nora Paula Pia Polly Rita Runa Ruth Selma "
+    "Susan Tessa Tilda Ursula Vera Yara"
 ).split()
 MEN = (
-    "Abel Albin Anton Basil Boris Carl Daniel Dennis Elias Felix Frank Gregor Henry Igor Jack Jonas "
-    "Kevin Lars Magnus Marco Moritz Omar Oscar Pavel Robin Rufus Simon Tobias Ulf Walter"
+    "Abel Adam Alec Anton Arno Arthur Basil Ben Bruno Carl Casper Cyril Daniel Davin Dirk Elias Emil "
+    "Eric Felix Finn Fred Gregor Gustav Harald Henry Hugo Ingo Jack Jacob Jens Jonas Karl Klaus Lars "
+    "Leon Linus Magnus Malte Max Moritz Ned Noah Omar Oren Otto Pavel Peter Ralf Robin Rolf Samson "
+    "Simon Sven Theo Tobias Udo Uwe Walter Wim Yusuf"
 ).split()
 TOWNS = (
     "Harrow Brindle Calder Dunmore Elstow Fenwick Garth Holm Ivel Kelby "
@@ -20,7 +24,7 @@ JOBS = (
     "baker doctor farmer painter sailor teacher weaver miller actor cook judge mason pilot smith tailor gardener"
 ).split()
 PETS = "cat dog goat owl rabbit horse parrot turtle duck ferret mouse snake".split()
-COLOURS = "red blue green yellow white black purple orange brown grey".split()
+COLOURS = "red blue green yellow white black purple pink brown grey".split()
 FOODS = "soup bread cheese rice plums apples fish beans carrots cake nuts pears eggs figs corn stew".split()
 
 # (one, many)

@@ -55,6 +55,12 @@ class Hessian:
         return self._sum
 
 
+def mean_diagonal(hessian: Tensor) -> float:
+    """Mean of the diagonal over the columns that were not always zero; what damping is a fraction of."""
+    diagonal = hessian.diagonal()
+    return float(diagonal.sum()) / max(int((diagonal != 0).sum()), 1)
+
+
 def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """`U`, upper triangular, with `H^-1 = U^T U`, and the damping that it took.
 
@@ -69,7 +75,7 @@ def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     if not bool(diagonal.isfinite().all()):
         raise NotPositiveDefinite("the Hessian holds NaN or infinite values: the layer's inputs overflowed")
     dead = diagonal == 0
-    mean = float(diagonal.sum()) / max(int((~dead).sum()), 1)
+    mean = mean_diagonal(hessian)
     bare = diagonal.masked_fill(dead, 1.0).flip(0)
     backwards = hessian.flip(0, 1)
     while damping <= LAST_DAMPING * 1.000001:  # 0.01 * 10 * 10 is not exactly 1

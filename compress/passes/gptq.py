@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params, spec_for
-from compress.maths.hessian import Hessian, NotPositiveDefinite, inverse_cholesky
+from compress.maths.hessian import Hessian, NotPositiveDefinite, inverse_cholesky, mean_diagonal
 from compress.passes.base import BlockPass, LayerShape
 from compress.passes.rtn import relative_weight_error, round_to_nearest
 
@@ -100,17 +100,12 @@ def gptq(
     original = weight.to(dtype).masked_fill(hessian.diagonal() == 0, 0.0)
     importance = hessian.diagonal() if search else None
     grid = find_params(original, spec, search, importance) if act_order or spec.group_size == -1 else None
-    codes, scale, zero = _walk(original, factor, spec, grid, importance, block_size, keep_zeros)
-    loss = relative_output_error(original, dequantize(codes, scale, zero, spec, dtype), hessian)
-    return GPTQResult(codes, scale, zero, factor.damping, loss)
-
-
-def relative_output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    """`tr(D H D^T) / tr(W H W^T)` with `D = W - rounded`: the squared output error relative to the squared output."""
-    change = weight - rounded
-    size = float((weight @ hessian).mul_(weight).sum())
-    lost = float((change @ hessian).mul_(change).sum())
-    return max(lost, 0.0) / size if size > 0 else 0.0
+    codes, scale, zero, lost = _walk(original, factor, spec, grid, importance, block_size, keep_zeros)
+    # What was lost is tr(D (H + damping) D^T) with D the change of the weight; take the damping's part off.
+    change = dequantize(codes, scale, zero, spec, dtype).sub_(original).square_().sum()
+    lost = float(lost - factor.damping * mean_diagonal(hessian) * change)
+    size = float((original @ hessian).mul_(original).sum())
+    return GPTQResult(codes, scale, zero, factor.damping, max(lost, 0.0) / size if size > 0 else 0.0)
 
 
 def rounded(weight: Tensor, spec: QuantSpec, search: bool, reason: str) -> GPTQResult:
@@ -128,8 +123,11 @@ def _walk(
     importance: Tensor | None,
     block_size: int,
     keep_zeros: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loop over columns. Works on transposed tensors, `[in, out]`, in which a column is one stretch of memory.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The loop over columns: codes, scale, zero, and the sum of the squared errors `((w_j - q_j) / U_jj)**2`.
+
+    That sum is the squared output error, damping included. The tensors worked on are transposed, `[in, out]`, so that a
+    column is one stretch of memory.
 
     `work` holds the weights with the corrections of all *finished blocks*. Inside a block a column's corrections are
     summed when its turn comes (one matrix-vector product with the errors so far), and the columns beyond the block
@@ -144,6 +142,7 @@ def _walk(
     errors = torch.empty(min(block_size, columns), rows, dtype=work.dtype, device=weight.device)
     scales, offsets = _transposed(grid, spec, work, columns // size)
     group_of = (order // size).tolist()
+    lost = torch.zeros((), dtype=work.dtype, device=weight.device)
     inverse_diagonal = upper.diagonal().reciprocal().tolist()
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
@@ -162,13 +161,14 @@ def _walk(
             codes[column] = code
             torch.sub(current, code.sub_(offsets[group]).mul_(scales[group]), out=errors[done])
             errors[done] *= inverse_diagonal[column]
+        lost += errors[: end - start].square().sum()
         if end < columns:
             work[end:].addmm_(upper[start:end, end:].t(), errors[: end - start], alpha=-1)
     unordered = torch.empty_like(codes)
     unordered[order] = codes
     scale = scales.t().to(spec.torch_scale_dtype).contiguous()
     zero = None if spec.symmetric else offsets.t().to(torch.int8).contiguous()
-    return unordered.t().contiguous(), scale, zero
+    return unordered.t().contiguous(), scale, zero, lost
 
 
 def _transposed(
