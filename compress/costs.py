@@ -129,11 +129,12 @@ def measuring(shape: ModelShape, text: Text | None, weights_bytes: int | None) -
     batch = max(1, min(TOKENS_BUDGET // text.length, LOGITS_BUDGET // (text.length * max(1, shape.vocabulary))))
     tokens = min(batch, text.samples) * text.length
     models = 1 if weights_bytes is None else 2
-    parts["activations"] = activations(shape, shape.widest, tokens, text.length)
-    parts["logits"] = models * tokens * shape.vocabulary * shape.dtype.itemsize
-    # log-softmaxes of both models, and with two models what their divergence is made of
-    parts["softmax"] = 4 * min(CHUNK_BUDGET, tokens * shape.vocabulary) * (2 if models == 1 else 5)
-    return parts
+    logits = tokens * shape.vocabulary * shape.dtype.itemsize
+    # One model runs while the other's logits wait; then log-softmaxes of both, and what their divergence is made of
+    running = {"activations": activations(shape, shape.widest, tokens, text.length), "logits": (models - 1) * logits}
+    softmax = 4 * min(CHUNK_BUDGET, tokens * shape.vocabulary) * (2 if models == 1 else 5)
+    worst = max(running, {"logits": models * logits, "softmax": softmax}, key=total)
+    return parts | worst
 
 
 def total(parts: Parts) -> int:

@@ -113,7 +113,9 @@ class _Walkthrough:
 
     def steps(self) -> list[PlanStep]:
         benchmark = self.recipe.benchmark is not False
-        steps = [self._step(LOAD, costs.loading(self.shape, self.holding))]
+        gpu = self.recipe.device == "cuda" or (self.recipe.device == "auto" and torch.cuda.is_available())
+        note = "on a GPU, most of what these figures count is in its memory" if gpu else ""
+        steps = [self._step(LOAD, costs.loading(self.shape, self.holding), note=note)]
         if benchmark:
             steps.append(self._step(BEFORE, self._measuring(None)))
         steps += [self._pass(pass_) for pass_ in self.recipe.passes]
@@ -207,7 +209,7 @@ def _help(step: PlanStep, recipe: Recipe) -> str:
     if step.name in (BEFORE, AFTER):
         return "Set benchmark: false, or measure on a machine with more memory."
     if step.parts.get("its weights expanded"):
-        return "The written folder is checked by plain transformers, which expands it: a machine with more memory is needed."
+        return "Plain transformers, which checks the written folder, expands it: that needs a machine with more memory."
     ways = [] if recipe.residency == "disk" else ["residency: disk"]
     if step.parts.get("hidden states", 0) > step.memory_bytes // 8:
         ways.append("fewer data.calibration.samples")

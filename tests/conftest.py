@@ -21,16 +21,9 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A random Llama with a byte-level tokenizer, as a Hugging Face folder."""
-    return make_tiny_folder(tmp_path_factory.mktemp("model") / "tiny")
+    from compress.testing import save_tiny
 
-
-def make_tiny_folder(folder: Path, family: str = "llama", **changes) -> Path:
-    """Writes `testing.tiny_model` and a tokenizer of single characters."""
-    from compress.testing import tiny_model, tiny_tokenizer
-
-    tiny_model(family, **changes).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
+import compress
 from compress.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -237,5 +239,8 @@ def test_generate_continues_a_prompt_from_a_packed_folder(capsys, recipe, tmp_pa
     assert call(capsys, "run", recipe(), "--quiet")[0] == 0
     code, out, err = call(capsys, "generate", tmp_path / "out", "--prompt", "a bee can", "--tokens", "5")
     assert code == 0, err
-    assert out.strip()
     assert "tokens/s" in err
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    ids = tokenizer("a bee can", return_tensors="pt")["input_ids"]
+    written = compress.load(tmp_path / "out").generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert out.rstrip("\n") == tokenizer.decode(written, skip_special_tokens=True).rstrip("\n")

@@ -361,7 +361,7 @@ def test_builtin_text_is_drawn_only_as_far_as_needed(
 
 
 def test_builtin_splits_share_no_document(tokenizer: PreTrainedTokenizerFast) -> None:
-    entry = DataEntry(source="builtin:tiny", length=32, samples=40)
+    entry = DataEntry(source="builtin:tiny", length=64, samples=40)
     calibration, evaluation = (token_windows(entry, role, tokenizer, 64) for role in ("calibration", "evaluation"))  # type: ignore[arg-type]
     assert overlap(calibration, evaluation) == 0
     assert overlap(evaluation, evaluation) == 1

@@ -16,6 +16,7 @@ from compress.checkpoint import SafetensorsWriter, TensorSource
 from compress.errors import CompressError, StartError
 from compress.pipeline import run
 from compress.recipe import Recipe
+from compress.testing import save_tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -229,9 +230,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_uninterrupted_on
 
 
 def test_gpt2_is_written_unpacked_with_the_codes_beside_it(text_file, tmp_path):
-    from conftest import make_tiny_folder
-
-    folder = make_tiny_folder(tmp_path / "gpt2", "gpt2")
+    folder = save_tiny(tmp_path / "gpt2", "gpt2")
     report = run(recipe(folder, text_file, tmp_path / "out", passes=[{"rtn": {"bits": 4, "group_size": 16}}]))
     assert any("Conv1D" in note for note in report.notes)
     assert (tmp_path / "out" / "exports" / "packed" / "packed.safetensors").exists()

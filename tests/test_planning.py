@@ -165,6 +165,19 @@ def test_low_coverage_is_noted_and_not_refused(shelf: Path) -> None:
     assert "100%" in plan(recipe(shelf / "llama", RTN(group_size=16))).steps[1].note
 
 
+def test_on_a_gpu_the_plan_says_where_the_memory_is(shelf: Path) -> None:
+    assert "GPU" in plan(recipe(shelf / "llama", RTN(group_size=16), device="cuda")).steps[0].note
+    assert plan(recipe(shelf / "llama", RTN(group_size=16), device="cpu")).steps[0].note == ""
+
+
+def test_a_dtype_that_is_not_the_stored_one_costs_a_copy_while_loading(shelf: Path) -> None:
+    mapped, cast = (
+        plan(recipe(shelf / "llama", RTN(group_size=16), dtype=dtype)).steps[0].parts for dtype in ("auto", "float16")
+    )
+    assert "files while they are cast" not in mapped
+    assert cast["files while they are cast"] == 2 * cast["model"]
+
+
 def peak(shape: dict[str, int], pass_: BlockPass, shelf: Path, **values: object) -> int:
     """Memory of a pass over a Llama of this shape, which exists as a config only."""
     from transformers import LlamaConfig

@@ -56,7 +56,7 @@ def naive_gptq(model, tokens, pass_):
 
 
 def test_gptq_by_the_engine_has_the_codes_of_a_naive_loop_over_the_whole_model():
-    pass_ = GPTQ(bits=3, group_size=16)
+    pass_ = GPTQ(bits=3, group_size=16, true_sequential=True)
     expected = naive_gptq(tiny_model("llama"), TOKENS, pass_)
     model = tiny_model("llama")
     walk(pass_, ModelHandle.wrap(model), Context(calibration=windows_from(TOKENS, None), tokens_per_batch=48))

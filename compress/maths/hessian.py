@@ -78,13 +78,14 @@ def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     mean = mean_diagonal(hessian)
     bare = diagonal.masked_fill(dead, 1.0).flip(0)
     backwards = hessian.flip(0, 1)
+    del hessian, diagonal  # a caller that keeps no reference of its own gets the memory back here
     while damping <= LAST_DAMPING * 1.000001:  # 0.01 * 10 * 10 is not exactly 1
         backwards.diagonal().copy_(bare + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(backwards)
         if not int(failed):
-            inverse = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+            inverse = torch.eye(len(backwards), dtype=backwards.dtype, device=backwards.device)
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            if bool(inverse.isfinite().all()):
+            if all(end.isfinite() for end in inverse.aminmax()):  # `isfinite` on all of it would copy it
                 del lower, backwards  # as large as what is returned, and the peak of a layer with many columns
                 return inverse.flip(0, 1), damping
         damping = damping * 10 if damping else FIRST_DAMPING

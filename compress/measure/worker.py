@@ -50,9 +50,11 @@ def quality(job: Job) -> Result:
     _settle(job)
     from safetensors.torch import load_file
 
+    from compress.allocator import settle_allocator
     from compress.measure.likelihood import window_scores
     from compress.measure.runtimes import load_plain
 
+    settle_allocator()
     folder = Path(job["model"])
     model, runtime, notes = _load_for_quality(job, folder)
     values: dict[str, Any] = {"runtime": runtime, "notes": notes, "parameters": count_parameters(model)}

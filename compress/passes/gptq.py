@@ -225,6 +225,10 @@ class GPTQ(BlockPass):
         default=True,
         description="Try smaller ranges for each group and keep the one with the least error, weighed by the inputs.",
     )
+    true_sequential: bool = Field(
+        default=False,
+        description="Look at the inputs of o_proj only when q, k and v are rounded, and so on: slower, less memory.",
+    )
 
     @field_validator("group_size")
     @classmethod
@@ -239,38 +243,44 @@ class GPTQ(BlockPass):
         return spec
 
     def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """The Hessian, and one batch of the layer's input, which is a copy where the model computes in 16 bits."""
+        """The Hessians, and one batch of the layer's input, which is a copy where the model computes in 16 bits."""
+        copies = (4 * tokens_per_batch * layer.inputs for layer in layers if layer.dtype.itemsize < 4)
+        return self._hessian_bytes(layers) + max(copies, default=0)
 
-        def of(layer: LayerShape) -> int:
-            return 4 * layer.inputs**2 + (4 * tokens_per_batch * layer.inputs if layer.dtype.itemsize < 4 else 0)
-
-        return max(map(of, layers), default=0)
+    def _hessian_bytes(self, layers: Sequence[LayerShape]) -> int:
+        """Of those held at once. Which layers share an input, shapes do not say: those of one shape are taken to, as q,
+        k and v do; where o has it too, that is one too few, and the layers with the most columns outweigh it."""
+        squares = {(layer.inputs, layer.outputs): 4 * layer.inputs**2 for layer in layers}
+        return max(squares.values(), default=0) if self.true_sequential else sum(squares.values())
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """Tables in float32, the larger of two moments. Factorising: the Hessian, its reordered copy, that turned
-        round, its Cholesky factor, and the inverse of the factor. Measuring a rounded weight's loss: Hessian, factor,
+        """Tables in float32, the larger of two moments. Factorising: the Hessian, its reordered copy, the
+        Cholesky factor of that, and the inverse of the factor. Measuring a rounded weight's loss: Hessian, factor,
         and the weight, its rounded form, their difference and the product with the Hessian, beside the codes."""
 
         def of(layer: LayerShape) -> int:
             square, weights = 4 * layer.inputs**2, layer.inputs * layer.outputs
-            return max(5 * square, 2 * square + 17 * weights)
+            return max(3 * square, square + 17 * weights)
 
-        return max(map(of, layers), default=0)
+        return self._hessian_bytes(layers) + max(map(of, layers), default=0)
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
-        """Stage by stage: each Hessian is of the inputs as the layers rounded before have made them."""
+        """All Hessians from one run of the block as it came in; with `true_sequential`, a run for each stage of it."""
         if calibration is None:
             raise CompressError("gptq needs calibration text")
         layers = block.layers(self.targets, self.skip)
         stages = calibration.stages(list(layers))
         # The stages are those of one batch; another may reach the layers that are missing there.
-        stages += [[name] for name in layers if not any(name in stage for stage in stages)]
+        unseen = [[name] for name in layers if not any(name in stage for stage in stages)]
+        runs = [[stage] for stage in stages] if self.true_sequential else [stages]
         report: dict[str, Any] = {}
-        for stage in stages:
-            weight = layers[stage[0]].weight
-            hessian = Hessian(weight.shape[1], weight.device)
-            calibration.observe({stage[0]: hessian.add})
-            report |= self._compress_stage({name: layers[name] for name in stage}, hessian, block.sparse)
+        for run in [*runs, *([stage] for stage in unseen)]:
+            weights = {stage[0]: layers[stage[0]].weight for stage in run}
+            hessians = {name: Hessian(weight.shape[1], weight.device) for name, weight in weights.items()}
+            calibration.observe({name: hessian.add for name, hessian in hessians.items()})
+            for stage in run:
+                hessian = hessians.pop(stage[0])
+                report |= self._compress_stage({name: layers[name] for name in stage}, hessian, block.sparse)
         return {"layers": report}
 
     def _compress_stage(self, stage: dict[str, Layer], hessian: Hessian, sparse: bool) -> dict[str, Any]:

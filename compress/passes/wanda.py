@@ -42,8 +42,9 @@ class ColumnNorms:
 
     def add(self, x: Tensor) -> None:
         """Take in tokens: `[..., columns]`, any float dtype."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        self._squares += torch.linalg.vector_norm(x, dim=0).double().square().to(self._squares.device)
+        x = x.reshape(-1, x.shape[-1])
+        norms = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
+        self._squares += norms.double().square().to(self._squares.device)
         self.count += x.shape[0]
 
     @property

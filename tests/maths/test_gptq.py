@@ -204,14 +204,16 @@ def test_bfloat16_weights_are_solved_in_float32():
 # ------------------------------------------------------------------------------------------------------- the pass
 
 
-def test_the_pass_sees_each_stage_through_the_layers_rounded_before_it():
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_a_layer_is_solved_for_its_inputs_before_or_after_those_in_front_are_rounded(true_sequential):
     block = StubBlock()
     inputs = block.random_inputs()
-    report = GPTQ(bits=3, group_size=8).compress_block(block, StubCalibration(block, inputs))["layers"]
+    method = GPTQ(bits=3, group_size=8, true_sequential=true_sequential)
+    report = method.compress_block(block, StubCalibration(block, inputs))["layers"]
     assert set(report) == {"first", "twin", "second", "silent"}
-    hidden = inputs @ block.quantized_weight("first").T  # what `second` is given once `first` is rounded
-    hessian = 2 * hidden.T @ hidden / len(hidden)
-    expected = gptq(block.original["second"], hessian, QuantSpec(3, 8), search=True)
+    in_front = block.quantized_weight("first") if true_sequential else block.original["first"]
+    hidden = inputs @ in_front.T
+    expected = gptq(block.original["second"], 2 * hidden.T @ hidden / len(hidden), QuantSpec(3, 8), search=True)
     assert torch.equal(block.quantized["second"][0], expected.codes)
     assert report["second"] == {"bits": 3, "loss": pytest.approx(expected.loss, rel=1e-4), "damping": 0.01}
 

@@ -1,0 +1,36 @@
+"""Memory that is freed goes back to the system."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+from compress.allocator import return_freed_memory, settle_allocator
+from compress.measure.memory import resident_bytes
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+
+
+def test_a_freed_tensor_leaves_memory_though_a_larger_one_was_freed_before() -> None:
+    settle_allocator()
+    torch.ones(6 << 20)  # by itself, glibc would keep on the heap what is smaller than this from now on
+    before = resident_bytes()
+    tensor = torch.ones(4 << 20)
+    assert resident_bytes() - before > 15 << 20
+    del tensor
+    assert resident_bytes() - before < 4 << 20
+
+
+def test_holes_of_the_heap_are_given_back() -> None:
+    settle_allocator()
+    return_freed_memory()
+    before = resident_bytes()
+    pieces = [torch.ones(1 << 17) for _ in range(64)]  # half a MiB each
+    assert resident_bytes() - before > 24 << 20
+    keep = pieces[-1]
+    del pieces
+    return_freed_memory()
+    assert resident_bytes() - before < 8 << 20
+    assert keep[0] == 1
