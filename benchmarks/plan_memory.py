@@ -2,7 +2,7 @@
 
     python benchmarks/plan_memory.py [--only gptq] [--samples 16]
 
-Builds Llama models with random weights, runs each pass in a fresh process as `compress run` does (opened from its
+Builds models with random weights, runs each pass in a fresh process as `compress run` does (opened from its
 folder, finished blocks kept on disk), and compares the peak of resident memory, above that of the same process right
 after its imports, with the plan. Further rows show that with `residency: disk` the peak does not grow with the
 number of layers. Writes `benchmarks/results/plan_memory.json`; exits with 1 if a row is off by more than 25 %.
@@ -23,35 +23,46 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "plan_memory.json"
 ALLOWED = 0.25
 LENGTH = 256
-#: name -> layers, vocabulary, dtype. Hidden size 1024, MLP 2816: 12.85 M weights a layer.
+_LLAMA = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "vocab_size": 8000, "tie_word_embeddings": True, "max_position_embeddings": 2048, "dtype": "float32",
+}  # fmt: skip
+#: name -> configuration class, its arguments. A layer of the Llamas has 12.85 M weights.
 MODELS = {
-    "111M float32": (8, 8000, "float32"),
-    "187M bfloat16": (12, 32000, "bfloat16"),
-    "4 layers": (4, 8000, "float32"),
-    "16 layers": (16, 8000, "float32"),
+    "111M Llama": ("LlamaConfig", {**_LLAMA, "num_hidden_layers": 8}),
+    "187M Llama bf16": (
+        "LlamaConfig",
+        {**_LLAMA, "num_hidden_layers": 12, "vocab_size": 32000, "dtype": "bfloat16"},
+    ),
+    "124M GPT-2": ("GPT2Config", {"dtype": "float32"}),
+    "151M Qwen3 bf16": (
+        "Qwen3Config",
+        {**_LLAMA, "num_hidden_layers": 6, "num_key_value_heads": 4, "vocab_size": 80000, "dtype": "bfloat16"},
+    ),
+    "4 layers": ("LlamaConfig", {**_LLAMA, "num_hidden_layers": 4}),
+    "16 layers": ("LlamaConfig", {**_LLAMA, "num_hidden_layers": 16}),
 }
 PASSES = ("rtn", "magnitude", "wanda", "gptq")
 ROWS = [
-    *(("111M float32", name, residency) for name in PASSES for residency in ("memory", "disk")),
-    *(("187M bfloat16", name, residency) for name, residency in zip(PASSES, ("disk", "memory") * 2, strict=True)),
+    *(("111M Llama", name, residency) for name in PASSES for residency in ("memory", "disk")),
+    *(("187M Llama bf16", name, residency) for name, residency in zip(PASSES, ("disk", "memory") * 2, strict=True)),
+    *(("124M GPT-2", name, "disk") for name in ("rtn", "wanda")),
+    *(("151M Qwen3 bf16", name, residency) for name, residency in (("rtn", "memory"), ("wanda", "disk"))),
     *((model, name, "disk") for name in ("rtn", "wanda") for model in ("4 layers", "16 layers")),
-    ("111M float32", "rtn", "quality of the original"),
-    ("111M float32", "rtn", "quality of both"),
+    ("111M Llama", "rtn", "quality of the original"),
+    ("111M Llama", "rtn", "quality of both"),
 ]
 
 
-def build(folder: Path, layers: int, vocabulary: int, dtype: str) -> None:
-    """A Llama with random weights, as a Hugging Face folder."""
+def build(folder: Path, config_name: str, arguments: dict[str, Any]) -> None:
+    """A model with random weights, as a Hugging Face folder."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=16, vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=2048,
-        dtype=dtype,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    config = getattr(transformers, config_name)(**arguments)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.to(getattr(torch, arguments["dtype"])).save_pretrained(folder)
 
 
 def recipe_of(model: Path, name: str, residency: str, samples: int) -> Any:

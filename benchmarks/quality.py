@@ -52,6 +52,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "evaluation": {"source": options.evaluation, "samples": options.samples, **text},
     }
     rows = methods(options.group_size) | (extra_methods() if options.two_bits else {})
+    rows = {name: pass_ for name, pass_ in rows.items() if not options.only or name in options.only}
     reports: dict[str, Report] = {}
     for number, (name, pass_) in enumerate(rows.items()):
         recipe = {
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--separator", default="bos", choices=["bos", "none"])
     parser.add_argument("--calibration-seed", type=int, default=1234)
+    parser.add_argument("--only", nargs="*", help="rows to run, by name; all if absent")
     parser.add_argument("--two-bits", action="store_true", help="also 2 bits in groups of 32")
     options = parser.parse_args()
     for name in ("model", "calibration", "evaluation"):
