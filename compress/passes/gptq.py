@@ -14,16 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from compress.errors import CompressError
 from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params, spec_for
 from compress.maths.hessian import Hessian, NotPositiveDefinite, inverse_cholesky, mean_diagonal
-from compress.passes.base import BlockPass, LayerShape
+from compress.passes.base import LayerShape
+from compress.passes.rounding import RoundingPass
 from compress.passes.rtn import relative_weight_error, round_to_nearest
 
 if TYPE_CHECKING:
@@ -192,22 +193,12 @@ def _one_group(span: Tensor, spec: QuantSpec, importance: Tensor | None) -> tupl
     return scale, torch.zeros_like(scale) if zero is None else zero[:, 0].to(span.dtype)
 
 
-class GPTQ(BlockPass):
+class GPTQ(RoundingPass):
     """Round weights one column at a time, correcting the columns that follow by the inputs seen in calibration text."""
 
     name: ClassVar[str] = "gptq"
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
-    leaves: ClassVar[str] = "quantized"
     needs_calibration: ClassVar[bool] = True
 
-    bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits of each weight.")
-    group_size: int = Field(
-        default=128,
-        description="Neighbouring columns that share a scale; must divide the layer's columns. -1: per channel.",
-    )
-    symmetric: bool = Field(
-        default=True, description="Grid around zero (scale only); false adds a zero point to each group."
-    )
     act_order: bool = Field(
         default=True,
         description="Round the columns with the largest inputs first. The file's layout stays the plain one.",
@@ -229,18 +220,6 @@ class GPTQ(BlockPass):
         default=False,
         description="Look at the inputs of o_proj only when q, k and v are rounded, and so on: slower, less memory.",
     )
-
-    @field_validator("group_size")
-    @classmethod
-    def _size(cls, value: int) -> int:
-        if value == -1 or value >= 1:
-            return value
-        raise ValueError(f"group_size is {value}: use a size of at least 1, or -1 for one scale per channel")
-
-    def spec_of(self, layer: LayerShape) -> QuantSpec:
-        spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)
-        spec.columns_per_group(layer.inputs)
-        return spec
 
     def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """The Hessians, and one batch of the layer's input, which is a copy where the model computes in 16 bits."""

@@ -6,15 +6,16 @@ The baseline that each method with data has to beat, and at 8 bits usually all t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from compress.maths.grid import QuantSpec, dequantize, find_params, quantize, spec_for
 from compress.maths.packing import CHUNK_ELEMENTS
-from compress.passes.base import BlockPass, LayerShape
+from compress.passes.base import LayerShape
+from compress.passes.rounding import RoundingPass
 
 if TYPE_CHECKING:
     from compress.calibration import BlockCalibration
@@ -43,37 +44,15 @@ def relative_weight_error(weight: Tensor, codes: Tensor, scale: Tensor, zero: Te
     return lost / size if size else 0.0
 
 
-class RTN(BlockPass):
+class RTN(RoundingPass):
     """Round weights to the nearest point of an integer grid, without data."""
 
     name: ClassVar[str] = "rtn"
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
-    leaves: ClassVar[str] = "quantized"
     needs_calibration: ClassVar[bool] = False
 
-    bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits of each weight.")
-    group_size: int = Field(
-        default=128,
-        description="Neighbouring columns that share a scale; must divide the layer's columns. -1: per channel.",
-    )
-    symmetric: bool = Field(
-        default=True, description="Grid around zero (scale only); false adds a zero point to each group."
-    )
     search: bool = Field(
         default=False, description="Try smaller ranges for each group and keep the one with the least squared error."
     )
-
-    @field_validator("group_size")
-    @classmethod
-    def _size(cls, value: int) -> int:
-        if value == -1 or value >= 1:
-            return value
-        raise ValueError(f"group_size is {value}: use a size of at least 1, or -1 for one scale per channel")
-
-    def spec_of(self, layer: LayerShape) -> QuantSpec:
-        spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)
-        spec.columns_per_group(layer.inputs)
-        return spec
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """Codes (1 byte a weight), and the weight in float32 while the error is measured: dequantized, and as a copy
