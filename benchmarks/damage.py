@@ -28,7 +28,8 @@ def main() -> None:
         for each in bits:
             rounding = {"bits": each, "group_size": options.group_size, "symmetric": False}
             recipe = {
-                "model": options.model, "passes": [{"rtn": rounding}], "benchmark": False, "output": f"{scratch}/{each}",
+                "model": options.model, "passes": [{"rtn": rounding}], "benchmark": False,
+                "output": f"{scratch}/{each}",
             }  # fmt: skip
             compress.run(recipe)
         folders = [f"{scratch}/{each}/model" for each in bits]

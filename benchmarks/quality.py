@@ -46,7 +46,7 @@ def extra_methods() -> dict[str, dict[str, Any]]:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Runs every method, measures all against the original, and returns the rows."""
-    text = {"length": options.length, "separator": options.separator}
+    text = {"length": options.length, "separator": options.separator, "pack": not options.no_pack}
     data = {
         "calibration": {"source": options.calibration, "samples": 128, "seed": options.calibration_seed, **text},
         "evaluation": {"source": options.evaluation, "samples": options.samples, **text},
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--separator", default="bos", choices=["bos", "none"])
+    parser.add_argument("--no-pack", action="store_true", help="each document alone, cut at --length")
     parser.add_argument("--calibration-seed", type=int, default=1234)
     parser.add_argument("--only", nargs="*", help="rows to run, by name; all if absent")
     parser.add_argument("--two-bits", action="store_true", help="also 2 bits in groups of 32")

@@ -145,6 +145,8 @@ class CalibrationStream:
         self._returns_tuple: bool | None = None
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[Call]] = []
+        #: bool [batch, length] a batch, False on padding; None where there is none.
+        self.masks: list[torch.Tensor | None] = []
         first = model.load(model.block_list()[0])
         try:
             for batch in _batches(windows, tokens_per_batch):
@@ -158,6 +160,7 @@ class CalibrationStream:
         self._returns_tuple = capture.returns_tuple
         assert capture.first is not None
         self.hidden.append(capture.first.cpu())
+        self.masks.append(batch["attention_mask"].bool() if "attention_mask" in batch else None)
         calls = capture.calls
         if self.calls:
             calls = [
@@ -254,15 +257,19 @@ class BlockCalibration:
     def observe(self, observers: Mapping[str, Observer]) -> None:
         """Runs the block, as it is now, over all batches; each layer's observer is given its input [tokens, in]."""
         waiting: set[str] = set()
+        mask: torch.Tensor | None = None
 
         def give(name: str, x: torch.Tensor) -> None:
-            observers[name](x.reshape(-1, x.shape[-1]))
+            # Padding is no text: what it makes of the layer's input must not count.
+            counted = mask is not None and x.shape[:-1] == mask.shape
+            observers[name](x[mask.to(x.device)] if counted and mask is not None else x.reshape(-1, x.shape[-1]))
             waiting.discard(name)
             if not waiting and not self._repeated:
                 raise _Enough
 
         with self._hooked({name: partial(give, name) for name in observers}):
-            for hidden, call in self.stream.inputs(self.block):
+            for (hidden, call), padded in zip(self.stream.inputs(self.block), self.stream.masks, strict=True):
+                mask = padded
                 waiting.update(name for name in observers if name not in self.silent)
                 try:
                     _call(self.block, hidden, call)

@@ -106,3 +106,19 @@ def test_batches_that_are_called_alike_share_their_tables():
     stream = CalibrationStream(handle, windows_from(TOKENS[:4], None), PER_BATCH)
     first, second = (calls[0].kwargs["position_embeddings"] for calls in stream.calls)
     assert first[0] is second[0]
+
+
+def test_padding_is_not_observed():
+    from dataclasses import replace
+
+    handle = ModelHandle.wrap(tiny_model("llama"))
+    windows = windows_from(TOKENS, None)
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    mask[:, 20:] = False
+    stream = CalibrationStream(handle, replace(windows, mask=mask), PER_BATCH)
+    block = handle.block_list()[0]
+    calibration = BlockCalibration(block, stream)
+    calibration.stages(["mlp.down_proj"])
+    seen = []
+    calibration.observe({"mlp.down_proj": seen.append})
+    assert sum(len(x) for x in seen) == mask.sum()
