@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 
 from compress.passes.base import STATES
-from compress.registry import PASSES, pass_options
+from compress.recipe import Benchmark, DataEntry, Recipe
+from compress.registry import PASSES, allowed_words, pass_options
 
 
 def list_passes() -> str:
@@ -26,5 +27,32 @@ def describe_pass(name: str) -> str:
     return "\n".join(lines)
 
 
+def reference() -> str:
+    """docs/recipe-reference.md: every key of a recipe, and every option of every pass, from their own descriptions."""
+    lines = ["# Recipe reference", "", "Made from the code by `python -m compress.describe`; a test keeps it true.", ""]
+    for title, section in (("Recipe", Recipe), ("data.<role>", DataEntry), ("benchmark", Benchmark)):
+        lines += [f"## {title}", "", "| key | allowed | what it is |", "|---|---|---|"]
+        for name, field in section.model_fields.items():
+            meaning = " ".join((field.description or "").split())
+            lines.append(f"| `{name}` | {_cell(allowed_words(field))} | {_cell(meaning)} |")
+        lines.append("")
+    for name in PASSES.table:
+        lines += [f"## passes: {name}", "", _summary(name), "", "| option | default | allowed | what it does |"]
+        lines.append("|---|---|---|---|")
+        for option in pass_options(name):
+            cells = (option.default, _cell(option.allowed), _cell(option.description))
+            lines.append(f"| `{option.name}` | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def _summary(name: str) -> str:
     return (inspect.getdoc(PASSES.get(name)) or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -41,3 +41,9 @@ def test_every_file_that_is_linked_exists(path):
 def test_every_ready_recipe_loads_and_plans(name):
     recipe = Recipe.load(ROOT / "recipes" / name)
     assert plan(recipe).weights_bytes > 0
+
+
+def test_the_recipe_reference_is_what_the_code_says():
+    from compress.describe import reference
+
+    assert (ROOT / "docs" / "recipe-reference.md").read_text() == reference()
