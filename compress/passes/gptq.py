@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params, spec_for
+from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params
 from compress.maths.hessian import Hessian, NotPositiveDefinite, inverse_cholesky, mean_diagonal
 from compress.passes.base import LayerShape
 from compress.passes.rounding import RoundingPass
@@ -272,7 +272,7 @@ class GPTQ(RoundingPass):
                 trouble = str(error)
         report: dict[str, Any] = {}
         for name, layer in stage.items():
-            spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)
+            spec = self.grid_of(layer)
             if factor is None:
                 result = rounded(layer.weight, spec, self.search, trouble)
             else:
@@ -281,7 +281,7 @@ class GPTQ(RoundingPass):
                     keep_zeros=sparse, factor=factor,
                 )  # fmt: skip
             layer.quantize(result.codes, result.scale, result.zero, spec)
-            report[name] = {"bits": self.bits, "loss": result.loss, "damping": result.damping}
+            report[name] = {"bits": spec.bits, "loss": result.loss, "damping": result.damping}
             if result.fallback:
                 report[name]["fallback"] = result.fallback
         return report

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from compress.maths.grid import QuantSpec, spec_for
 from compress.passes.base import BlockPass, LayerShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.model import Layer
 
 
 class RoundingPass(BlockPass):
@@ -34,6 +39,13 @@ class RoundingPass(BlockPass):
 
     def spec_of(self, layer: LayerShape) -> QuantSpec:
         """The layer's grid. StartError if the group size does not divide its columns."""
-        spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)
+        spec = self._grid(layer.dtype)
         spec.columns_per_group(layer.inputs)
         return spec
+
+    def grid_of(self, layer: Layer) -> QuantSpec:
+        """The grid to round this layer to, in `compress_block`."""
+        return self._grid(layer.dtype)
+
+    def _grid(self, dtype: torch.dtype) -> QuantSpec:
+        return spec_for(dtype, self.bits, self.group_size, self.symmetric)

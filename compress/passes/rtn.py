@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.maths.grid import QuantSpec, dequantize, find_params, quantize, spec_for
+from compress.maths.grid import QuantSpec, dequantize, find_params, quantize
 from compress.maths.packing import CHUNK_ELEMENTS
 from compress.passes.base import LayerShape
 from compress.passes.rounding import RoundingPass
@@ -51,7 +51,8 @@ class RTN(RoundingPass):
     needs_calibration: ClassVar[bool] = False
 
     search: bool = Field(
-        default=False, description="Try smaller ranges for each group and keep the one with the least squared error."
+        default=True,
+        description="Try smaller ranges for each group and keep the one with the least squared error; false: cover it.",
     )
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
@@ -66,9 +67,9 @@ class RTN(RoundingPass):
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         layers: dict[str, Any] = {}
         for name, layer in block.layers(self.targets, self.skip).items():
-            spec = spec_for(layer.dtype, self.bits, self.group_size, self.symmetric)
+            spec = self.grid_of(layer)
             weight = layer.weight
             codes, scale, zero = round_to_nearest(weight, spec, self.search)
-            layers[name] = {"bits": self.bits, "loss": relative_weight_error(weight, codes, scale, zero, spec)}
+            layers[name] = {"bits": spec.bits, "loss": relative_weight_error(weight, codes, scale, zero, spec)}
             layer.quantize(codes, scale, zero, spec)
         return {"layers": layers}
