@@ -3,13 +3,16 @@
 `CalibrationStream` captures what enters the first block, with every block replaced by a recorder that hands its input
 on (so that one forward gives each block's own keyword arguments and needs no block's weights), and is then advanced
 through the blocks one by one. `BlockCalibration` is what a pass sees of it: it pulls, nothing is pushed at it.
+
+A pass may ask for a second path as well (`BlockPass.needs_original`): the same text on its way through the model as
+the pass found it. Both paths start as the same tensors; the second one goes through each block as it came in.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,127 +20,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress.capture import Call, Capture, run_recorded, share
 from compress.data import Windows
 from compress.errors import StartError
-from compress.model import Block, ModelHandle, Stack
+from compress.model import Block, ModelHandle
 
 Observer = Callable[[torch.Tensor], None]
+PairObserver = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-@dataclass(frozen=True)
-class Call:
-    """How a block was called: everything but the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Capture:
-    """What one forward through recorders saw: block 0's input, and every block's `Call`.
-
-    `substitute` takes the place of block 0's input, so that the model's end can be run on given hidden states.
-    """
-
-    def __init__(self, returns_tuple: bool | None, substitute: torch.Tensor | None = None):
-        self.returns_tuple = returns_tuple
-        self.substitute = substitute
-        self.first: torch.Tensor | None = None
-        self.calls: list[Call] = []
-        self._current: torch.Tensor | None = None
-
-    def called(self, recorder: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden, call = _split(args, kwargs)
-        if recorder.index != len(self.calls) or (recorder.index and hidden is not self._current):
-            raise StartError(
-                "This model works between its blocks (a block's input is not the output of the block before it), "
-                "so they cannot be calibrated one at a time. Passes that need no calibration still run."
-            )
-        if recorder.index == 0:
-            self.first = hidden
-            if self.returns_tuple is None:
-                self.returns_tuple = isinstance(recorder.block(*args, **kwargs), tuple)
-            if self.substitute is not None:
-                hidden = self.substitute
-        self.calls.append(call)
-        self._current = hidden
-        return (hidden, None) if self.returns_tuple else hidden
-
-
-class _Recorder(nn.Module):  # type: ignore[misc]
-    """Stands in for a block during capture: notes how it is called and returns its input as the block would."""
-
-    def __init__(self, block: nn.Module, index: int, capture: _Capture):
-        super().__init__()
-        # In __dict__, not registered: it must not become a submodule of its own stand-in.
-        self.__dict__["block"] = block
-        self.index, self.capture = index, capture
-
-    def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their blocks (`block.attention_type`).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.capture.called(self, args, kwargs)
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
-    if args:
-        return args[0], Call(args[1:], dict(kwargs))
-    if "hidden_states" not in kwargs:
-        raise StartError("This model's blocks are not called with hidden states as their first argument.")
-    rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-    return kwargs["hidden_states"], Call((), rest)
-
-
-@contextmanager
-def _recording(stack: Stack, capture: _Capture) -> Iterator[None]:
-    blocks = list(stack.modules)
-    for index, block in enumerate(blocks):
-        stack.modules[index] = _Recorder(block, index, capture)
-    try:
-        yield
-    finally:
-        for index, block in enumerate(blocks):
-            stack.modules[index] = block
-
-
-@torch.no_grad()
-def _run_recorded(model: ModelHandle, runner: nn.Module, batch: dict[str, torch.Tensor], capture: _Capture) -> Any:
-    """Runs `runner` (the model, or its part without a head) on one batch with recorders for blocks."""
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    if "use_cache" in inspect.signature(runner.forward).parameters:
-        batch["use_cache"] = False
-    with _recording(model.stacks[0], capture):
-        return runner(**batch)
-
-
-def _call(block: Block, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-    out = block.module(hidden, *call.args, **call.kwargs)
+def _call(module: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    out = module(hidden, *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out
-
-
-def _share(value: Any, earlier: Any) -> Any:
-    """`earlier` where it equals `value`, so that batches that are called alike hold one copy of masks and tables."""
-    if isinstance(value, torch.Tensor) and isinstance(earlier, torch.Tensor):
-        same = value.shape == earlier.shape and value.dtype == earlier.dtype and torch.equal(value, earlier)
-        return earlier if same else value
-    if isinstance(value, tuple) and isinstance(earlier, tuple) and len(value) == len(earlier):
-        return tuple(_share(v, e) for v, e in zip(value, earlier, strict=True))
-    if isinstance(value, dict) and isinstance(earlier, dict):
-        return {key: _share(item, earlier.get(key)) for key, item in value.items()}
-    return value
 
 
 class CalibrationStream:
     """The calibration batches as they stand before the block whose turn it is.
 
-    Holds one hidden state [batch, length, hidden] a batch, in the model's dtype, on the CPU between its uses.
+    Holds one hidden state [batch, length, hidden] a batch, in the model's dtype, on the CPU between its uses; with
+    `original`, a second one: that of the model as it is now, which `advance` does not touch.
     """
 
-    def __init__(self, model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048):
+    def __init__(self, model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048, original: bool = False):
         if len(model.stacks) > 1:
             names = ", ".join(stack.name for stack in model.stacks)
             raise StartError(f"Calibrated passes take models with one stack of blocks; this one has {names}.")
@@ -153,10 +57,12 @@ class CalibrationStream:
                 self._capture(batch)
         finally:
             model.release(first)
+        #: The hidden states of the second path, None if there is none. Before the first block: the same tensors.
+        self.original: list[torch.Tensor] | None = list(self.hidden) if original else None
 
     def _capture(self, batch: dict[str, torch.Tensor]) -> None:
-        capture = _Capture(self._returns_tuple)
-        _run_recorded(self.model, self.model.model.base_model, batch, capture)
+        capture = Capture(self._returns_tuple)
+        run_recorded(self.model, self.model.model.base_model, batch, capture)
         self._returns_tuple = capture.returns_tuple
         assert capture.first is not None
         self.hidden.append(capture.first.cpu())
@@ -164,7 +70,7 @@ class CalibrationStream:
         calls = capture.calls
         if self.calls:
             calls = [
-                Call(_share(call.args, old.args), _share(call.kwargs, old.kwargs))
+                Call(share(call.args, old.args), share(call.kwargs, old.kwargs))
                 for call, old in zip(calls, self.calls[0], strict=True)
             ]
         self.calls.append(calls)
@@ -175,10 +81,19 @@ class CalibrationStream:
             yield hidden.to(self.model.device), calls[block.index]
 
     @torch.no_grad()
-    def advance(self, block: Block) -> None:
-        """Pushes every batch through the block as it is now."""
+    def advance(self, block: Block, first: torch.Tensor | None = None) -> None:
+        """Pushes every batch through the block as it is now. `first`: what it makes of the first batch, if known."""
         for index, (hidden, call) in enumerate(self.inputs(block)):
-            self.hidden[index] = _call(block, hidden, call).cpu()
+            known = first if index == 0 else None
+            self.hidden[index] = (_call(block.module, hidden, call) if known is None else known).cpu()
+
+    @torch.no_grad()
+    def advance_original(self, block: Block, module: nn.Module | None = None) -> None:
+        """Pushes the second path, if there is one, through the block as it is now, or through `module` in its place."""
+        for index, hidden in enumerate(self.original or ()):
+            assert self.original is not None
+            out = _call(module or block.module, hidden.to(self.model.device), self.calls[index][block.index])
+            self.original[index] = out.cpu()
 
 
 def _batches(windows: Windows, tokens_per_batch: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -200,8 +115,8 @@ def stream_outputs(model: ModelHandle, windows: Windows, tokens_per_batch: int =
         stream.advance(block)
     outputs = []
     for hidden, batch in zip(stream.hidden, _batches(windows, tokens_per_batch), strict=True):
-        capture = _Capture(stream._returns_tuple, substitute=hidden.to(model.device))
-        out = _run_recorded(model, model.model, batch, capture)
+        capture = Capture(stream._returns_tuple, substitute=hidden.to(model.device))
+        out = run_recorded(model, model.model, batch, capture)
         outputs.append((out.logits if hasattr(out, "logits") else out.last_hidden_state).float().cpu())
     return torch.cat(outputs)
 
@@ -211,29 +126,104 @@ class _Enough(Exception):
 
 
 class BlockCalibration:
-    """One block's view of the calibration text: run it, look at what enters its layers, measure its error."""
+    """One block's view of the calibration text: run it, look at what enters its layers, measure its error.
+
+    Where the pass asked for the original path, the block as it came in is kept beside it, as a copy.
+    """
 
     def __init__(self, block: Block, stream: CalibrationStream):
         self.block, self.stream = block, stream
         #: Layers that no calibration token reached, after `stages` was asked.
         self.silent: tuple[str, ...] = ()
+        #: Layers that `observe_pairs` could not give the original path's tokens for.
+        self.unpaired: set[str] = set()
         self._repeated = False
+        self._original = copy.deepcopy(block.module) if stream.original is not None else None
+        self._passed = False  # whether the original path stands behind the block
         with torch.no_grad():
-            self._reference = self._first_output()
+            self._calls, self._reference = self._trace(list(block.layers()))
 
     def _first_output(self) -> torch.Tensor:
         hidden, call = next(self.stream.inputs(self.block))
-        return _call(self.block, hidden, call)
+        return _call(self.block.module, hidden, call)
 
     @torch.no_grad()
     def error(self) -> float:
         """||now - before||² / ||before||² of the block's output on the first batch; before: as the block came in."""
-        difference = (self._first_output() - self._reference).double().square().sum()
+        return self._error_of(self._first_output())
+
+    def _error_of(self, output: torch.Tensor) -> float:
+        difference = (output - self._reference).double().square().sum()
         return float(difference / self._reference.double().square().sum().clamp_min(1e-300))
+
+    @torch.no_grad()
+    def finish(self) -> float:
+        """The error of the block as it is now; moves the paths on: the text as it is now through the block as it is
+        now, the original through the block as it came in."""
+        output = self._first_output()
+        self.stream.advance(self.block, output)
+        self._pass_original()
+        return self._error_of(output)
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, Call, torch.Tensor | None]]:
+        """The block's inputs [batch, length, hidden], how it is called, and the mask (False on padding, or None)."""
+        for (hidden, call), mask in zip(self.stream.inputs(self.block), self.stream.masks, strict=True):
+            yield hidden, call, mask
+
+    def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """What the block as it is now makes of hidden states [batch, length, hidden]; gradients flow."""
+        return _call(self.block.module, hidden, call)
+
+    def original_forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """What the block as it came in makes of hidden states [batch, length, hidden]."""
+        return _call(self._kept_original(), hidden, call)
+
+    def original_inputs(self) -> Iterator[torch.Tensor]:
+        """What the block is given in the original model, [batch, length, hidden], in the order of `batches`.
+
+        Only before `original_outputs` is asked: one set of hidden states is held, not two.
+        """
+        self._kept_original()
+        if self._passed:
+            raise RuntimeError("The original path is behind this block: ask for its inputs before its outputs.")
+        yield from self._original_hidden()
+
+    def original_outputs(self) -> Iterator[torch.Tensor]:
+        """What the block gives in the original model, [batch, length, hidden], in the order of `batches`.
+
+        Computed when first asked for, and held from then on in the place of the inputs.
+        """
+        self._kept_original()
+        self._pass_original()
+        yield from self._original_hidden()
+
+    def _original_hidden(self) -> Iterator[torch.Tensor]:
+        for hidden in self.stream.original or ():
+            yield hidden.to(self.stream.model.device)
+
+    def _kept_original(self) -> nn.Module:
+        if self._original is None:
+            raise RuntimeError("The original path is not carried along: the pass has to set needs_original.")
+        return self._original
+
+    def _pass_original(self) -> None:
+        if self._original is not None and not self._passed:
+            self.stream.advance_original(self.block, self._original)
+            self._passed = True
 
     @torch.no_grad()
     def stages(self, names: Sequence[str]) -> list[list[str]]:
         """The named layers in the order of their first call, those that are given the same tensor together."""
+        calls = self._calls
+        if any(name not in calls.counts for name in names):
+            calls, _ = self._trace(names)
+        self.silent = tuple(name for name in names if not calls.counts[name])
+        self._repeated = any(calls.counts[name] > 1 for name in names)
+        stages = [[name for name in members if name in names] for members in calls.stages]
+        return [stage for stage in stages if stage]
+
+    def _trace(self, names: Sequence[str]) -> tuple[_Calls, torch.Tensor]:
+        """Runs the first batch: which layers were called, and the block's output."""
         seen: list[tuple[torch.Tensor, list[str]]] = []
         counts = dict.fromkeys(names, 0)
 
@@ -247,17 +237,54 @@ class BlockCalibration:
                     return
             seen.append((x, [name]))
 
-        with self._hooked({name: partial(note, name) for name in names}):
-            self._first_output()
-        self.silent = tuple(name for name, count in counts.items() if not count)
-        self._repeated = any(count > 1 for count in counts.values())
-        return [members for _, members in seen]
+        with _hooked(self.block.module, {name: partial(note, name) for name in names}):
+            output = self._first_output()
+        return _Calls([members for _, members in seen], counts), output
 
     @torch.no_grad()
     def observe(self, observers: Mapping[str, Observer]) -> None:
         """Runs the block, as it is now, over all batches; each layer's observer is given its input [tokens, in]."""
-        waiting: set[str] = set()
-        mask: torch.Tensor | None = None
+        for hidden, call, mask in self.batches():
+            self._look(self.block.module, hidden, call, mask, observers)
+
+    @torch.no_grad()
+    def observe_pairs(self, observers: Mapping[str, PairObserver]) -> None:
+        """As `observe`, on both paths: each observer is given the layer's input [tokens, in] in the block as it is
+        now, and the same tokens' input in the original model, in the block as it came in.
+
+        Where a layer is not given the same tokens on both paths (an expert, when the router decides otherwise), its
+        input now stands for both, and `unpaired` names it.
+        """
+        original = self._kept_original()
+        for (hidden, call, mask), before in zip(self.batches(), self.original_inputs(), strict=True):
+            tokens = hidden.shape[:-1].numel() if mask is None else int(mask.sum())
+            earlier: dict[str, list[torch.Tensor]] = {name: [] for name in observers}
+
+            def keep(name: str, x: torch.Tensor, earlier: dict[str, list[torch.Tensor]] = earlier) -> None:
+                earlier[name].append(x.clone())  # the block may go on to write into its input
+
+            def give(
+                name: str, x: torch.Tensor, earlier: dict[str, list[torch.Tensor]] = earlier, tokens: int = tokens
+            ) -> None:
+                other = earlier[name].pop(0) if earlier[name] else None
+                if other is None or not len(x) == len(other) == tokens:
+                    self.unpaired.add(name)
+                    other = x
+                observers[name](x, other)
+
+            self._look(original, before, call, mask, {name: partial(keep, name) for name in observers})
+            self._look(self.block.module, hidden, call, mask, {name: partial(give, name) for name in observers})
+
+    def _look(
+        self,
+        module: nn.Module,
+        hidden: torch.Tensor,
+        call: Call,
+        mask: torch.Tensor | None,
+        observers: Mapping[str, Observer],
+    ) -> None:
+        """Runs one batch, as far as the last of the layers that are looked at."""
+        waiting = {name for name in observers if name not in self.silent}
 
         def give(name: str, x: torch.Tensor) -> None:
             # Padding is no text: what it makes of the layer's input must not count.
@@ -267,27 +294,31 @@ class BlockCalibration:
             if not waiting and not self._repeated:
                 raise _Enough
 
-        with self._hooked({name: partial(give, name) for name in observers}):
-            for (hidden, call), padded in zip(self.stream.inputs(self.block), self.stream.masks, strict=True):
-                mask = padded
-                waiting.update(name for name in observers if name not in self.silent)
-                try:
-                    _call(self.block, hidden, call)
-                except _Enough:
-                    continue
+        with _hooked(module, {name: partial(give, name) for name in observers}), suppress(_Enough):
+            _call(module, hidden, call)
 
-    @contextmanager
-    def _hooked(self, observers: Mapping[str, Observer]) -> Iterator[None]:
-        handles = []
-        for name, observer in observers.items():
-            module = self.block.module.get_submodule(name)
 
-            def hook(_: nn.Module, args: tuple[Any, ...], observer: Observer = observer) -> None:
-                observer(args[0])
+@dataclass(frozen=True)
+class _Calls:
+    """How one batch went through a block: layers in the order of first call, those of one input together; the number
+    of calls of each."""
 
-            handles.append(module.register_forward_pre_hook(hook))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    stages: list[list[str]]
+    counts: dict[str, int]
+
+
+@contextmanager
+def _hooked(module: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
+    """Each named submodule's observer is given the first argument of its calls."""
+    handles = []
+    for name, observer in observers.items():
+
+        def hook(_: nn.Module, args: tuple[Any, ...], observer: Observer = observer) -> None:
+            observer(args[0])
+
+        handles.append(module.get_submodule(name).register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

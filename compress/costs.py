@@ -80,6 +80,8 @@ def one_pass(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text |
         parts["packed layers"] = sum(block.packed_bytes for block in blocks)
     if text is not None:
         parts["hidden states"] = text.tokens * (shape.hidden * shape.dtype.itemsize + 8)
+        if pass_.needs_original:
+            parts["original hidden states"] = text.tokens * shape.hidden * shape.dtype.itemsize
         parts["output before"] = text.in_flight() * shape.hidden * shape.dtype.itemsize
     return parts | max((_block(pass_, shape, holding, block, text) for block in blocks), key=total)
 
@@ -91,6 +93,8 @@ def _block(pass_: BlockPass, shape: ModelShape, holding: Holding, block: BlockSh
         parts["packed layers"] = block.packed_bytes
     if text is None:
         return {**parts, "pass": pass_.working_bytes(block.layers, 0)}
+    if pass_.needs_original:
+        parts["original block"] = block.dense_bytes
     tokens = text.in_flight()
     running = {
         "activations": activations(shape, block.widest, tokens, text.length),

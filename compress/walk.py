@@ -14,29 +14,33 @@ if TYPE_CHECKING:
 
 
 def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
-    """Runs `pass_.compress_block` on every block in order; each sees the text as the blocks before it now make it.
+    """Runs `pass_.compress_block` on every block in order; each sees the text as the blocks before it now make it, and
+    where `pass_.needs_original`, also as the model made it before this pass.
 
     A block that `context.stage` already holds is taken from there, so that a killed run continues where it was.
-    Memory: one block, what the pass accumulates for it, the stream's hidden states, and one batch.
+    Memory: one block, what the pass accumulates for it, the stream's hidden states, and one batch; with the original
+    path, a copy of the block and of the hidden states.
     """
     coverage = check_coverage(pass_, model, context.min_coverage)
     stream = None
     if pass_.needs_calibration:
         if context.calibration is None:
             raise StartError(f"{pass_.name} needs calibration text.")
-        stream = CalibrationStream(model, context.calibration, context.tokens_per_batch)
+        stream = CalibrationStream(model, context.calibration, context.tokens_per_batch, pass_.needs_original)
     records: list[dict[str, Any]] = []
     with context.progress.step(pass_.name, total=len(model.block_list())) as step:
         for block in model.blocks():
             kept = context.stage.kept(block) if context.stage else None
             if kept is not None:
                 assert context.stage is not None
+                if stream is not None:
+                    stream.advance_original(block)  # now: what comes next takes the place of the weights it came with
                 block.restore(*context.stage.read(block, model.device))
+                if stream is not None:
+                    stream.advance(block)
                 record = kept
             else:
                 record = _change(pass_, block, stream)
-            if stream is not None:
-                stream.advance(block)
             block.seal()
             if kept is None and context.stage is not None:
                 context.stage.keep(block, record)
@@ -46,9 +50,10 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
 
 
 def _change(pass_: BlockPass, block: Block, stream: CalibrationStream | None) -> dict[str, Any]:
+    """Compresses the block, and moves the text behind it."""
     calibration = BlockCalibration(block, stream) if stream is not None else None
     metrics = pass_.compress_block(block, calibration)
-    error = calibration.error() if calibration is not None else None
+    error = calibration.finish() if calibration is not None else None
     return {"name": block.name, "error": error, **metrics}
 
 

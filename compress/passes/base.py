@@ -154,6 +154,11 @@ class BlockPass(Pass):
         description="Names of layers inside a block to leave alone, as patterns; stronger than `targets`.",
     )
 
+    @property
+    def needs_original(self) -> bool:
+        """Whether the pass also asks what each block is given, or gives, in the model as this pass found it."""
+        return False
+
     @abstractmethod
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         """Changes one block in place; returns what is worth reporting (`{"layers": {name: {...}}}`)."""
