@@ -76,18 +76,19 @@ def hadamard(order: int) -> Tensor | None:
 
 @cache
 def hadamard_orders(order: int) -> tuple[int, ...] | None:
-    """The orders of Hadamard matrices whose Kronecker product has this order, or None. As many twos as can be."""
+    """The orders of Hadamard matrices whose Kronecker product has this order, or None; as small ones as can be."""
     if order == 1:
         return ()
     if order == 2:
         return (2,)
     if order % 4:
         return None
+    found = []
     for first in (2, *range(4, min(order, LARGEST_FACTOR) + 1, 4)):
         rest = None if order % first or not _is_paley(first) else hadamard_orders(order // first)
         if rest is not None:
-            return (*rest, first)
-    return None
+            found.append((*rest, first))
+    return min(found, key=lambda orders: (max(orders), sum(orders), orders), default=None)
 
 
 def _factors(size: int, generator: torch.Generator) -> list[Tensor]:
