@@ -128,6 +128,9 @@ def _apply(
         if model.resident:
             for block in model.blocks():
                 block.restore(*stage.read(block, model.device))
+        outside = stage.read_outside(model.device)
+        if outside is not None:
+            model.restore_outside(*outside)
         result = stage.result()
     else:
         forget_peak()

@@ -54,7 +54,7 @@ class ModelShape:
         #: Attention heads whose scores [length, length] are held in full; 0 where the kernel never forms them.
         self.scored_heads = int(text.num_attention_heads) if model.config._attn_implementation == "eager" else 0
         self.experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 1)
-        self.dense_bytes = sum(spec.nbytes for spec in self.contents().tensors)
+        self.dense_bytes = self.original_bytes = sum(spec.nbytes for spec in self.contents().tensors)
         self.outside_bytes = sum(t.nbytes for t in self.handle.outside().values())
         self.largest_tensor = max(spec.nbytes for spec in self.contents().tensors)
         self.widest = max(self._widest(block) for block in self.handle.block_list())
@@ -98,6 +98,10 @@ class ModelShape:
         StartError where a group or pattern does not divide a layer, or no layer is selected.
         """
         if not isinstance(pass_, BlockPass):
+            pass_.reshape(self.handle)
+            outside = sum(t.nbytes for t in self.handle.outside().values())
+            self.dense_bytes += outside - self.outside_bytes
+            self.outside_bytes = outside
             self.handle.states.add(pass_.leaves)
             return 1.0
         coverage = check_coverage(pass_, self.handle, 0.0)
@@ -108,9 +112,14 @@ class ModelShape:
         self.handle.states.add(pass_.leaves)
         return coverage
 
-    def stage_bytes(self) -> int:
-        """Bytes of the files in which a pass keeps its finished blocks, one each."""
-        return sum(checkpoint_bytes(_specs(block.state())) for block in self.handle.block_list())
+    def stage_bytes(self, outside: bool = False) -> int:
+        """Bytes of the files in which a pass keeps its finished blocks, one each, and what is `outside` of them."""
+        kept = checkpoint_bytes(_specs(self.handle.outside())) if outside else 0
+        return kept + sum(checkpoint_bytes(_specs(block.state())) for block in self.handle.block_list())
+
+    def largest_block(self) -> int:
+        """Bytes of the tensors of the block that has most."""
+        return max(_bytes(block.module) for block in self.handle.block_list())
 
 
 def shape_of(layer: Layer) -> LayerShape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compress.calibration import BlockCalibration, CalibrationStream
@@ -17,7 +19,6 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
     """Runs `pass_.compress_block` on every block in order; each sees the text as the blocks before it now make it, and
     where `pass_.needs_original`, also as the model made it before this pass.
 
-    A block that `context.stage` already holds is taken from there, so that a killed run continues where it was.
     Memory: one block, what the pass accumulates for it, the stream's hidden states, and one batch; with the original
     path, a copy of the block and of the hidden states.
     """
@@ -27,8 +28,23 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
         if context.calibration is None:
             raise StartError(f"{pass_.name} needs calibration text.")
         stream = CalibrationStream(model, context.calibration, context.tokens_per_batch, pass_.needs_original)
+    return PassResult(model, over_blocks(pass_.name, model, context, partial(_change, pass_, stream), stream), coverage)
+
+
+def over_blocks(
+    name: str,
+    model: ModelHandle,
+    context: Context,
+    change: Callable[[Block], dict[str, Any]],
+    stream: CalibrationStream | None = None,
+) -> list[dict[str, Any]]:
+    """Calls `change` on every block in order and returns what it returned; `name` is what the progress shows.
+
+    A block that `context.stage` already holds is taken from there, so that a killed run continues where it was.
+    `stream` is pushed through the blocks taken from there; `change` itself pushes it through those it changes.
+    """
     records: list[dict[str, Any]] = []
-    with context.progress.step(pass_.name, total=len(model.block_list())) as step:
+    with context.progress.step(name, total=len(model.block_list())) as step:
         for block in model.blocks():
             kept = context.stage.kept(block) if context.stage else None
             if kept is not None:
@@ -40,16 +56,16 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
                     stream.advance(block)
                 record = kept
             else:
-                record = _change(pass_, block, stream)
+                record = change(block)
             block.seal()
             if kept is None and context.stage is not None:
                 context.stage.keep(block, record)
             records.append(record)
             step.advance(block.name)
-    return PassResult(model, records, coverage)
+    return records
 
 
-def _change(pass_: BlockPass, block: Block, stream: CalibrationStream | None) -> dict[str, Any]:
+def _change(pass_: BlockPass, stream: CalibrationStream | None, block: Block) -> dict[str, Any]:
     """Compresses the block, and moves the text behind it."""
     calibration = BlockCalibration(block, stream) if stream is not None else None
     metrics = pass_.compress_block(block, calibration)
