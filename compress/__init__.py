@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from compress.comparing import benchmark as benchmark
     from compress.errors import CompressError as CompressError
     from compress.loading import load as load
+    from compress.passes.efficientqat import EfficientQAT as EfficientQAT
     from compress.passes.gptq import GPTQ as GPTQ
+    from compress.passes.llm_qat import LLMQAT as LLMQAT
     from compress.passes.magnitude import Magnitude as Magnitude
     from compress.passes.rtn import RTN as RTN
     from compress.passes.wanda import Wanda as Wanda
@@ -30,7 +32,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CompressError": "compress.errors",
+    "EfficientQAT": "compress.passes.efficientqat",
     "GPTQ": "compress.passes.gptq",
+    "LLMQAT": "compress.passes.llm_qat",
     "Magnitude": "compress.passes.magnitude",
     "RTN": "compress.passes.rtn",
     "Recipe": "compress.recipe",

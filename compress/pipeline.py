@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from compress.calibration import stream_outputs
-from compress.data import Windows
 from compress.formats.folder import default_format, packed_export_note, write_model_folder
 from compress.measure.benchmark import generations, measure_compressed, measure_original
 from compress.measure.comparison import compare, original_figures
@@ -137,6 +137,9 @@ def _apply(
         started = time.monotonic()
         context = Context(
             calibration=ready.calibration if pass_.needs_calibration else None,
+            training=ready.training if pass_.needs_training else None,
+            original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
+            seed=recipe.seed,
             stage=stage,
             progress=progress,
             min_coverage=recipe.min_coverage,
@@ -147,6 +150,10 @@ def _apply(
     model.latest = stage
     model.record(pass_)
     return Stage(**result)
+
+
+def _original(ready: Prepared, recipe: Recipe) -> PreTrainedModel:
+    return open_model(ready.folder, dtype=recipe.dtype, device=ready.device).model.requires_grad_(False)
 
 
 def _record(pass_: Pass, done: PassResult, seconds: float, peak: int, ready: Prepared, index: int) -> dict[str, Any]:
@@ -179,7 +186,7 @@ def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[St
 
 def _report(recipe: Recipe, ready: Prepared, stages: list[Stage], verified: Verified, notes: list[str]) -> Report:
     threads = torch.get_num_threads()
-    texts: dict[str, Windows | None] = {"calibration": ready.calibration, "evaluation": ready.evaluation}
+    texts = {"calibration": ready.calibration, "training": ready.training, "evaluation": ready.evaluation}
     data = {
         role: {"source": w.source, "fingerprint": w.fingerprint, "windows": len(w.tokens), "length": w.tokens.shape[1]}
         for role, w in texts.items()

@@ -16,7 +16,7 @@ from compress.locating import context_length, locate
 from compress.measure.measurements import BenchmarkJob
 from compress.opening import read_config, read_tokenizer, refuse_quantized
 from compress.planning import Plan, plan, refuse
-from compress.recipe import Data, Recipe, Role
+from compress.recipe import ROLES, Data, Recipe, Role
 from compress.workspace import Workspace, fingerprint_folder
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Prepared:
     device: str
     tokenizer: PreTrainedTokenizerBase | None
     calibration: Windows | None
+    training: Windows | None
     evaluation: Windows | None
     probe: Windows
     job: BenchmarkJob | None
@@ -54,7 +55,7 @@ def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
     refuse(predicted, recipe)
     tokenizer = read_tokenizer(folder)
     texts = _texts(recipe, tokenizer, config)
-    calibration, evaluation = texts.get("calibration"), texts.get("evaluation")
+    calibration, training, evaluation = (texts.get(role) for role in ROLES)
     fingerprints = {"model": fingerprint_folder(folder)}
     fingerprints |= {f"data.{role}": windows.fingerprint for role, windows in texts.items()}
     output = Path(recipe.output or f"runs/{recipe.name}")
@@ -63,10 +64,18 @@ def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
     notes = []
     if calibration is not None and evaluation is not None and (share := overlap(calibration, evaluation)):
         notes.append(f"{share:.0%} of the evaluation text is calibration text too: the quality figures flatter.")
+    if training is not None and evaluation is not None and (share := overlap(training, evaluation)):
+        raise StartError(
+            f"data.training: {share:.0%} of the evaluation text is training text too. What is measured must not have "
+            "been learnt: use other text."
+        )
+    if training is not None and recipe.data.training is None:
+        notes.append("There is no data.training, so the calibration text was trained on: it is little.")
     probe = _probe(evaluation or calibration, config, recipe.seed)
     return Prepared(
-        folder, output, device, tokenizer, calibration, evaluation, probe, job, predicted, fingerprints, tuple(notes)
-    )
+        folder, output, device, tokenizer, calibration, training, evaluation, probe, job, predicted, fingerprints,
+        tuple(notes),
+    )  # fmt: skip
 
 
 def check_device(device: str) -> str:
@@ -81,11 +90,16 @@ def check_device(device: str) -> str:
 def _texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> dict[str, Windows]:
     """The windows of each text that this recipe makes use of."""
     wanted: list[Role] = []
-    if any(pass_.needs_calibration for pass_ in recipe.passes):
+    trains = any(pass_.needs_training for pass_ in recipe.passes)
+    instead = trains and recipe.data.training is None
+    if instead or any(pass_.needs_calibration for pass_ in recipe.passes):
         wanted.append("calibration")
+    if trains:
+        wanted.append("training")
     if recipe.benchmark is not False:
         wanted.append("evaluation")
-    return cut_texts(recipe.data, wanted, tokenizer, config, recipe.base, recipe.seed)
+    found = cut_texts(recipe.data, wanted, tokenizer, config, recipe.base, recipe.seed)
+    return found | {"training": found["calibration"]} if instead else found
 
 
 def cut_texts(

@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 Role = Literal["calibration", "evaluation", "training"]
-ROLES: tuple[Role, ...] = ("calibration", "evaluation", "training")
+ROLES: tuple[Role, ...] = ("calibration", "training", "evaluation")
 _SEED = Field(ge=0, le=2**32 - 1)
 
 
@@ -322,6 +322,9 @@ def _requirements(check: Checker, passes: Sequence[Pass], data: Data, benchmark:
     for index, step in enumerate(passes):
         if step.needs_calibration and data.calibration is None:
             sentence = f"{step.name} needs text: give data.calibration a .txt or .jsonl file."
+            check.problem(("passes", index, step.name), sentence)
+        if step.needs_training and data.training is None and data.calibration is None:
+            sentence = f"{step.name} trains on text: give data.training a .txt or .jsonl file."
             check.problem(("passes", index, step.name), sentence)
     if not benchmark:
         return

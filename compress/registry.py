@@ -82,7 +82,9 @@ def _owner(point: EntryPoint) -> str:
 PASSES = Registry(
     "pass",
     {
+        "efficientqat": "compress.passes.efficientqat:EfficientQAT",
         "gptq": "compress.passes.gptq:GPTQ",
+        "llm_qat": "compress.passes.llm_qat:LLMQAT",
         "magnitude": "compress.passes.magnitude:Magnitude",
         "rtn": "compress.passes.rtn:RTN",
         "wanda": "compress.passes.wanda:Wanda",

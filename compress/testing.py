@@ -117,7 +117,8 @@ def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:
 
 def small_options(cls: type[Pass]) -> dict[str, Any]:
     """Options with which a pass fits `tiny_model`, where its defaults do not (a group of 128 in 32 columns)."""
-    return {"group_size": 16} if "group_size" in cls.model_fields else {}
+    small = {"group_size": 16, "tokens": 512}
+    return {name: value for name, value in small.items() if name in cls.model_fields}
 
 
 def tiny_tokens(samples: int = 8, length: int = 32, seed: int = 0) -> torch.Tensor:
@@ -142,6 +143,7 @@ def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrai
     """
     from compress.model import find_stacks
     from compress.passes.base import STATES
+    from compress.passes.rtn import RTN
 
     assert type(pass_)(**pass_.options()) == pass_, f"{pass_.name}: options() do not rebuild the pass"
     assert set(pass_.accepts) <= set(STATES), f"{pass_.name} accepts unknown states"
@@ -150,16 +152,24 @@ def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrai
     results = []
     for _ in range(2):
         model = make(family)
+        if "dense" not in pass_.accepts:
+            RTN(bits=4, group_size=16, targets=None)(model, min_coverage=0.0)
         stacks = tuple(stack.name + "." for stack in find_stacks(model))
         outside = {n: p.clone() for n, p in model.named_parameters() if not n.startswith(stacks)}
         before = outputs(model, tokens)
-        result = pass_(model, calibration=tokens if pass_.needs_calibration else None, min_coverage=0.0)
+        result = pass_(
+            model,
+            calibration=tokens if pass_.needs_calibration else None,
+            training=tokens if pass_.needs_training else None,
+            original=make(family) if pass_.needs_teacher else None,
+            min_coverage=0.0,
+        )
         after = outputs(model, tokens)
         assert result.model is model, f"{pass_.name} does not change the model in place"
         assert 0 < result.coverage <= 1, f"{pass_.name} covers {result.coverage}"
         assert torch.isfinite(after).all(), f"{pass_.name} leaves outputs that are not finite"
         assert not torch.equal(before, after), f"{pass_.name} changed nothing"
-        for name, old in outside.items():
+        for name, old in outside.items() if not pass_.changes_outside else ():
             assert torch.equal(old, model.get_parameter(name)), f"{pass_.name} changed {name}, which is in no block"
         results.append(after)
     assert torch.equal(*results), f"{pass_.name} is not reproducible"

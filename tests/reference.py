@@ -407,3 +407,16 @@ def random_inputs(tokens: int, columns: int, seed: int) -> np.ndarray:
 def random_hessian(columns: int, seed: int) -> np.ndarray:
     """The Hessian of four times as many random inputs as there are columns."""
     return hessian(random_inputs(4 * columns, columns, seed))
+
+
+def mean_kl_divergence(student, teacher, counted=None):
+    """KL(teacher || student) = sum p log(p / q), p and q softmax of the logits, mean over the rows that count."""
+    total, rows = 0.0, 0
+    for row in range(len(student)):
+        if counted is not None and not counted[row]:
+            continue
+        p = [math.exp(value) for value in teacher[row]]
+        q = [math.exp(value) for value in student[row]]
+        total += sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True))
+        rows += 1
+    return total / rows

@@ -7,9 +7,10 @@ comes in as arguments; it keeps no state between calls.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,12 +36,16 @@ STATES = ("dense", "sparse", "quantized", "adapter")
 class Context:
     """What a pass is given besides the model.
 
-    `calibration` holds token ids [samples, length]; `stage` is where finished blocks are kept so that a killed run
+    `calibration` and `training` hold token ids [samples, length]; `original` opens the model as it was before any pass,
+    in the dtype and on the device of the one worked on; `stage` is where finished blocks are kept so that a killed run
     continues there (None: nothing is kept); `min_coverage` is the least share of the blocks' matrix weights the
-    pass must change; `tokens_per_batch` bounds the activations in flight.
+    pass must change; `tokens_per_batch` bounds the activations in flight; `seed` decides what is drawn at random.
     """
 
     calibration: Windows | None = None
+    training: Windows | None = None
+    original: Callable[[], PreTrainedModel] | None = None
+    seed: int = 0
     stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
     min_coverage: float = 0.5
@@ -85,6 +90,9 @@ class Pass(BaseModel):
     #: The state it adds to the model; "dense" adds none.
     leaves: ClassVar[str] = "dense"
     needs_calibration: ClassVar[bool] = False
+    #: Training text, and the model as it was before any pass, to learn from.
+    needs_training: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
     #: Whether it changes tensors that belong to no block (embeddings, head), which its stage then keeps as well.
     changes_outside: ClassVar[bool] = False
 
@@ -110,6 +118,8 @@ class Pass(BaseModel):
         calibration: Iterable[str] | torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        training: Iterable[str] | torch.Tensor | None = None,
+        original: PreTrainedModel | str | Path | None = None,
         samples: int | None = None,
         length: int | None = None,
         seed: int = 0,
@@ -120,23 +130,44 @@ class Pass(BaseModel):
 
         `calibration`: texts (then `tokenizer` cuts them into windows of `length` tokens, `samples` of them drawn at
         random by `seed`; the defaults are a recipe's), or token ids [samples, length] (int64), used as they are.
+        `training`: likewise, for passes that train. `original`: the model, or the folder of the model, that such a pass
+        learns from.
         """
         from compress.data import windows_from
         from compress.model import ModelHandle
 
         handle = ModelHandle.wrap(model)
         refuse_states(self, handle.states)
-        windows = None
-        if self.needs_calibration:
-            if calibration is None:
-                raise StartError(f"{self.name} needs calibration text: pass calibration=[...] (texts or token ids).")
-            windows = windows_from(
-                calibration, tokenizer, samples=samples, length=length, seed=seed, context=handle.context_length
+
+        def cut(text: Iterable[str] | torch.Tensor | None, what: str) -> Windows:
+            if text is None:
+                raise StartError(f"{self.name} needs {what} text: pass {what}=[...] (texts or token ids).")
+            return windows_from(
+                text, tokenizer, samples=samples, length=length, seed=seed, context=handle.context_length
             )
-        context = Context(calibration=windows, min_coverage=min_coverage, progress=progress or Progress())
+
+        context = Context(
+            calibration=cut(calibration, "calibration") if self.needs_calibration else None,
+            training=cut(training, "training") if self.needs_training else None,
+            original=_opener(original, handle) if original is not None else None,
+            seed=seed,
+            min_coverage=min_coverage,
+            progress=progress or Progress(),
+        )
         result = self.run(handle, context)
         handle.record(self)
         return PassResult(model, result.blocks, result.coverage, result.measurements)
+
+
+def _opener(original: PreTrainedModel | str | Path, like: ModelHandle) -> Callable[[], PreTrainedModel]:
+    def opened() -> PreTrainedModel:
+        if not isinstance(original, str | Path):
+            return original
+        from compress.loading import load
+
+        return load(original, like.device, like.dtype)
+
+    return opened
 
 
 def refuse_states(pass_: Pass, states: Iterable[str]) -> None:

@@ -1,0 +1,59 @@
+"""LLM-QAT: the rounded model's weights learn from the original model's distribution, the rounding in the loop.
+
+Liu et al.: "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", 2023, arXiv 2305.17888: a float
+weight behind each rounded one is trained through the rounding, against the full model's logits (section 2.1, 2.2). Here
+it starts from codes that `gptq` or another pass chose, scales are trained as well, and the text is the recipe's.
+
+It needs the memory of training a model: float weights, gradients, and two moments. For models that this is too much
+for, `autoround` and `efficientqat` are the way.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from compress.nn.quant_linear import QuantLinear
+from compress.passes.end_to_end import EndToEndPass
+
+if TYPE_CHECKING:
+    from compress.nn.trained import Trained, WeightTrained
+    from compress.shapes import ModelShape
+    from compress.training import Group
+
+
+class LLMQAT(EndToEndPass):
+    """Train the weights of a rounded model through its rounding, with scales and norms, on the original's logits."""
+
+    name: ClassVar[str] = "llm_qat"
+
+    learning_rate: float = Field(
+        default=2e-2, gt=0, le=1, description="Peak learning rate of weights, in units of a layer's mean scale."
+    )
+
+    def trained(self, layer: QuantLinear, sparse: bool) -> WeightTrained:
+        from compress.nn.trained import WeightTrained
+
+        return WeightTrained(layer)
+
+    def groups(self, layer: Trained) -> list[Group]:
+        """Weight and scale at rates relative to the scale: a step of the grid is as far for every layer."""
+        from compress.nn.trained import WeightTrained
+        from compress.training import Group
+
+        assert isinstance(layer, WeightTrained)
+        size = float(layer.scale.detach().abs().mean())
+        groups = [
+            Group([layer.weight], self.learning_rate * size),
+            Group([layer.scale], self.scale_learning_rate * size),
+        ]
+        if layer.zero is not None:
+            groups.append(Group([layer.zero], self.scale_learning_rate))
+        return groups
+
+    def trained_bytes(self, shape: ModelShape) -> int:
+        packed = [module for module in shape.handle.model.modules() if isinstance(module, QuantLinear)]
+        values = sum(m.out_features * (m.in_features + m.spec.groups(m.in_features)) for m in packed)
+        # the rounded weight of each layer is kept for the gradient
+        return 16 * values + 4 * sum(m.out_features * m.in_features for m in packed)
