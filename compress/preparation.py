@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
     refuse(predicted, recipe)
     tokenizer = read_tokenizer(folder)
     texts = _texts(recipe, tokenizer, config)
-    calibration, training, evaluation = (texts.get(role) for role in ROLES)
+    calibration, evaluation, training = (texts.get(role) for role in ROLES)
     fingerprints = {"model": fingerprint_folder(folder)}
     fingerprints |= {f"data.{role}": windows.fingerprint for role, windows in texts.items()}
     output = Path(recipe.output or f"runs/{recipe.name}")

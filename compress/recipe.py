@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 Role = Literal["calibration", "evaluation", "training"]
-ROLES: tuple[Role, ...] = ("calibration", "training", "evaluation")
+ROLES: tuple[Role, ...] = ("calibration", "evaluation", "training")
 _SEED = Field(ge=0, le=2**32 - 1)
 
 
