@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compress.comparing import benchmark as benchmark
     from compress.errors import CompressError as CompressError
     from compress.loading import load as load
+    from compress.passes.autoround import AutoRound as AutoRound
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
     from compress.passes.gptq import GPTQ as GPTQ
     from compress.passes.llm_qat import LLMQAT as LLMQAT
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AutoRound": "compress.passes.autoround",
     "CompressError": "compress.errors",
     "EfficientQAT": "compress.passes.efficientqat",
     "GPTQ": "compress.passes.gptq",

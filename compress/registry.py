@@ -82,6 +82,7 @@ def _owner(point: EntryPoint) -> str:
 PASSES = Registry(
     "pass",
     {
+        "autoround": "compress.passes.autoround:AutoRound",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",
         "gptq": "compress.passes.gptq:GPTQ",
         "llm_qat": "compress.passes.llm_qat:LLMQAT",
