@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compress.passes.gptq import GPTQ as GPTQ
     from compress.passes.llm_qat import LLMQAT as LLMQAT
     from compress.passes.magnitude import Magnitude as Magnitude
+    from compress.passes.quantize import Quantize as Quantize
     from compress.passes.rtn import RTN as RTN
     from compress.passes.wanda import Wanda as Wanda
     from compress.pipeline import run as run
@@ -38,6 +39,7 @@ _PUBLIC = {
     "GPTQ": "compress.passes.gptq",
     "LLMQAT": "compress.passes.llm_qat",
     "Magnitude": "compress.passes.magnitude",
+    "Quantize": "compress.passes.quantize",
     "RTN": "compress.passes.rtn",
     "Recipe": "compress.recipe",
     "Report": "compress.reports.report",

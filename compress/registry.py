@@ -87,6 +87,7 @@ PASSES = Registry(
         "gptq": "compress.passes.gptq:GPTQ",
         "llm_qat": "compress.passes.llm_qat:LLMQAT",
         "magnitude": "compress.passes.magnitude:Magnitude",
+        "quantize": "compress.passes.quantize:Quantize",
         "rtn": "compress.passes.rtn:RTN",
         "wanda": "compress.passes.wanda:Wanda",
     },

@@ -28,19 +28,20 @@ from compress.passes.rounding import RoundingPass
 from compress.passes.rtn import RTN
 
 if TYPE_CHECKING:
-    from compress.calibration import BlockCalibration, Call
+    from compress.calibration import BlockCalibration
+    from compress.capture import Call
     from compress.model import Block
     from compress.nn.trained import WeightTrained
 
 
-class SignSGD(torch.optim.Optimizer):
+class SignSGD(torch.optim.Optimizer):  # type: ignore[misc]
     """Each parameter moves by the learning rate against the sign of its gradient."""
 
     def __init__(self, groups: list[dict[str, Any]]):
         super().__init__(groups, {"lr": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

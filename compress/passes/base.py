@@ -104,6 +104,10 @@ class Pass(BaseModel):
         """The options as they stand in a recipe, defaults filled in."""
         return self.model_dump(mode="json")
 
+    def steps(self) -> list[Pass]:
+        """What the entry of a recipe stands for: this pass, or those that a preset chooses."""
+        return [self]
+
     def reshape(self, model: ModelHandle) -> None:
         """Does to the shapes of a model without weights what `run` does (for the plan). StartError where it cannot."""
 

@@ -1,0 +1,83 @@
+"""Presets: rounding methods and their settings, chosen for given bits by what they cost and reach.
+
+In a recipe the entry stands for the passes it names, so each has its own stage, plan and place in the report. What the
+presets cost and reach is measured in `benchmarks/results/presets.md`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from compress.passes.autoround import AutoRound
+from compress.passes.base import Pass, PassResult
+from compress.passes.gptq import GPTQ
+from compress.passes.llm_qat import LLMQAT
+from compress.passes.rtn import RTN
+
+if TYPE_CHECKING:
+    from compress.model import ModelHandle
+    from compress.passes.base import Context
+
+
+class Quantize(Pass):
+    """Round weights by a preset: `fast` needs no data, `balanced` calibration text, `best` training text and memory."""
+
+    name: ClassVar[str] = "quantize"
+
+    accepts: ClassVar[frozenset[str]] = RTN.accepts
+    leaves: ClassVar[str] = "quantized"
+
+    preset: Literal["fast", "balanced", "best"] = Field(
+        default="balanced",
+        description="fast: rtn. balanced: autoround. best: gptq, then llm_qat on data.training.",
+    )
+    bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits of each weight.")
+    group_size: int = Field(
+        default=128, description="Neighbouring columns that share a scale; must divide the columns. -1: per channel."
+    )
+    symmetric: bool = Field(default=True, description="Grid around zero; false adds a zero point to each group.")
+    tokens: int = Field(default=4_000_000, ge=1, description="With `best`: tokens of training text to see.")
+
+    @field_validator("group_size")
+    @classmethod
+    def _size(cls, value: int) -> int:
+        return RTN(group_size=value, targets=None).group_size
+
+    def steps(self) -> list[Pass]:
+        """The passes that the preset stands for. At 8 bits there is nothing left to train for."""
+        grid: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        if self.preset == "fast":
+            return [RTN(**grid)]
+        if self.bits == 8:
+            return [GPTQ(**grid)]
+        if self.preset == "balanced":
+            return [AutoRound(**grid)]
+        return [GPTQ(**grid), LLMQAT(tokens=self.tokens, learning_rate=self._rate())]
+
+    def _rate(self) -> float:
+        """Coarse grids take larger steps: see the log of benchmarks."""
+        return 2e-2 if self.bits != 4 else 1e-2
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        return any(step.needs_calibration for step in self.steps())
+
+    @property
+    def needs_training(self) -> bool:  # type: ignore[override]
+        return any(step.needs_training for step in self.steps())
+
+    def run(self, model: ModelHandle, context: Context) -> PassResult:
+        """One pass after the other, from Python; the original is the model as it comes in, if no other is given."""
+        if self.needs_training and context.original is None:
+            original = copy.deepcopy(model.model)
+            context = replace(context, original=lambda: original)
+        results = []
+        for step in self.steps():
+            results.append(step.run(model, context))
+            model.states.add(step.leaves)
+        measured = {step.name: r.measurements for step, r in zip(self.steps(), results, strict=True)}
+        return PassResult(model, results[0].blocks, results[0].coverage, measured)
