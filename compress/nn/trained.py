@@ -19,6 +19,9 @@ from compress.maths import packing
 from compress.maths.grid import QuantSpec, storable
 from compress.nn.quant_linear import QuantLinear
 
+#: How far, in steps of the grid, a weight may lie from its code to start with: half a step is the border.
+_EDGE = 0.45
+
 
 class _FromCodes(torch.autograd.Function):  # type: ignore[misc]
     """y = x W^T with W = (codes - zero) * scale; W is made anew for the gradient, so that none is kept."""
@@ -96,15 +99,23 @@ class _Rounded(torch.autograd.Function):  # type: ignore[misc]
 
 
 class WeightTrained(nn.Module):  # type: ignore[misc]
-    """A packed layer whose codes follow a float32 weight [out, in] that is trained, with scale and zero point."""
+    """A packed layer whose codes follow a float32 weight [out, in] that is trained, with scale and zero point.
 
-    def __init__(self, layer: QuantLinear):
+    The weight starts as what the codes stand for, or as near to `like` [out, in] as it can be with these codes: from
+    there, a weight that was rounded against its will needs less of a push.
+    """
+
+    def __init__(self, layer: QuantLinear, like: Tensor | None = None):
         super().__init__()
         self.spec, self.dtype, self.transposed, self.bias = layer.spec, layer.dtype, layer.transposed, layer.bias
         self.scale = nn.Parameter(layer.weight_scale.float())
         zero = layer.zero_point()
         self.zero = None if zero is None else nn.Parameter(zero.float())
-        self.weight = nn.Parameter(layer.dequantize(torch.float32))
+        weight = layer.dequantize(torch.float32)
+        if like is not None:
+            reach = _EDGE * self.scale.detach().abs().repeat_interleave(layer.in_features // self.scale.shape[1], 1)
+            weight = torch.minimum(torch.maximum(like.float(), weight - reach), weight + reach)
+        self.weight = nn.Parameter(weight.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of autocast or else that of x."""

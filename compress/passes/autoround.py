@@ -13,7 +13,7 @@ keeps those.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -96,11 +96,12 @@ class AutoRound(RoundingPass):
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         if calibration is None:
             raise CompressError("autoround needs calibration text")
+        originals = {name: layer.weight.clone() for name, layer in block.layers(self.targets, self.skip).items()}
         report = self._starting().compress_block(block, calibration)["layers"]
         batches = list(calibration.batches())
         aims = list(calibration.original_outputs())
         before = _error(calibration, batches, aims)
-        with _trainable(block) as layers:
+        with _trainable(block, originals) as layers:
             steps = self._train(block, calibration, layers, batches, aims)
             after = _error(calibration, batches, aims)
         if after < before:
@@ -147,12 +148,12 @@ class AutoRound(RoundingPass):
 
 
 @contextmanager
-def _trainable(block: Block) -> Iterator[dict[str, WeightTrained]]:
+def _trainable(block: Block, originals: Mapping[str, Tensor]) -> Iterator[dict[str, WeightTrained]]:
     """Trainable layers in the place of those that were just rounded; afterwards the dense ones again."""
     from compress.nn.trained import WeightTrained
 
     dense = {name: block.module.get_submodule(name) for name in block.pending}
-    layers = {name: WeightTrained(packed) for name, packed in block.pending.items()}
+    layers = {name: WeightTrained(packed, originals[name]) for name, packed in block.pending.items()}
     for name, layer in layers.items():
         block.module.set_submodule(name, layer)
     try:
