@@ -210,6 +210,35 @@ class _Enough(Exception):
     """All layers of interest have been called; the rest of the block need not run."""
 
 
+@dataclass(frozen=True)
+class Traced:
+    """One run of a block over the first batch: what named modules were given and gave at their first call.
+
+    `inputs` and `outputs` are in the order of the calls; `hidden` is the block's input, `result` its output.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+    hidden: torch.Tensor
+    result: torch.Tensor
+
+    def stages(self, names: Sequence[str]) -> list[list[str]]:
+        """Those of `names` that were called, in their order, those that were given the same tensor together."""
+        found: list[tuple[torch.Tensor, list[str]]] = []
+        for name, x in self.inputs.items():
+            members = next((members for tensor, members in found if tensor is x), None)
+            if name in names and members is not None:
+                members.append(name)
+            elif name in names:
+                found.append((x, [name]))
+        return [members for _, members in found]
+
+    def before(self, name: str) -> list[str]:
+        """The modules that were called before this one, in their order."""
+        order = list(self.inputs)
+        return order[: order.index(name)]
+
+
 class BlockCalibration:
     """One block's view of the calibration text: run it, look at what enters its layers, measure its error."""
 
@@ -252,6 +281,27 @@ class BlockCalibration:
         self.silent = tuple(name for name, count in counts.items() if not count)
         self._repeated = any(count > 1 for count in counts.values())
         return [members for _, members in seen]
+
+    @torch.no_grad()
+    def trace(self, names: Sequence[str]) -> Traced:
+        """One run of the block, as it is now, over the first batch, with what the named modules were given and gave."""
+        inputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor] = {}
+        handles = []
+        for name in names:
+
+            def hook(_: nn.Module, args: tuple[Any, ...], out: torch.Tensor, name: str = name) -> None:
+                outputs.setdefault(name, out)
+
+            handles.append(self.block.module.get_submodule(name).register_forward_hook(hook))
+        try:
+            with self._hooked({name: partial(inputs.setdefault, name) for name in names}):
+                hidden, call = next(self.stream.inputs(self.block))
+                result = _call(self.block, hidden, call)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Traced(inputs, outputs, hidden, result)
 
     @torch.no_grad()
     def observe(self, observers: Mapping[str, Observer]) -> None:
