@@ -239,6 +239,34 @@ class Traced:
         return order[: order.index(name)]
 
 
+@torch.no_grad()
+def trace_outside(model: ModelHandle, windows: Windows, names: Sequence[str]) -> Traced:
+    """One run of the model on the first batch, with every block handing its input on, and what the named modules, which
+    are in no block, were given and gave. `hidden` is what enters the first block and leaves the last."""
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for name in names:
+
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Any, name: str = name) -> None:
+            if isinstance(out, torch.Tensor):
+                outputs.setdefault(name, out)
+            if args and isinstance(args[0], torch.Tensor):
+                inputs.setdefault(name, args[0])
+
+        handles.append(model.model.get_submodule(name).register_forward_hook(hook))
+    capture = _Capture(None)
+    first = model.load(model.block_list()[0])
+    try:
+        out = _run_recorded(model, model.model, next(_batches(windows, windows.tokens.numel())), capture)
+    finally:
+        model.release(first)
+        for handle in handles:
+            handle.remove()
+    assert capture.first is not None
+    return Traced(inputs, outputs, capture.first, out[0])
+
+
 class BlockCalibration:
     """One block's view of the calibration text: run it, look at what enters its layers, measure its error."""
 
@@ -281,6 +309,12 @@ class BlockCalibration:
         self.silent = tuple(name for name, count in counts.items() if not count)
         self._repeated = any(count > 1 for count in counts.values())
         return [members for _, members in seen]
+
+    @torch.no_grad()
+    def output(self, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The block's output, as it is now, on the first batch with its input replaced by what `change` makes of it."""
+        hidden, call = next(self.stream.inputs(self.block))
+        return _call(self.block, change(hidden), call)
 
     @torch.no_grad()
     def trace(self, names: Sequence[str]) -> Traced:

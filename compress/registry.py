@@ -84,6 +84,7 @@ PASSES = Registry(
     {
         "gptq": "compress.passes.gptq:GPTQ",
         "magnitude": "compress.passes.magnitude:Magnitude",
+        "rotate": "compress.passes.rotate:Rotate",
         "rtn": "compress.passes.rtn:RTN",
         "wanda": "compress.passes.wanda:Wanda",
     },

@@ -360,6 +360,28 @@ def top1_agreement(original: np.ndarray, compressed: np.ndarray) -> float:
 # -------------------------------------------------------------------------------------------------- rotations
 
 
+def rotated_reader(weight: np.ndarray, gain: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """W diag(g) Q: what reads g * n(x) as W did, given n(x) Q (Ashkboos et al. 2024, section 4, stage 1a)."""
+    rows, columns = weight.shape
+    result = np.zeros((rows, columns))
+    for row in range(rows):
+        for column in range(columns):
+            result[row, column] = math.fsum(
+                float(weight[row, k]) * float(gain[k]) * float(rotation[k, column]) for k in range(columns)
+            )
+    return result
+
+
+def rotated_writer(weight: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Q^T W: gives (W x)^T Q where W gave W x."""
+    rows, columns = weight.shape
+    result = np.zeros((rows, columns))
+    for row in range(rows):
+        for column in range(columns):
+            result[row, column] = math.fsum(float(rotation[k, row]) * float(weight[k, column]) for k in range(rows))
+    return result
+
+
 def legendre(value: int, prime: int) -> int:
     """1 for a square modulo the prime, -1 for any other number, 0 for a multiple of it (Euler's criterion)."""
     power = pow(value % prime, (prime - 1) // 2, prime)
