@@ -82,6 +82,7 @@ def _owner(point: EntryPoint) -> str:
 PASSES = Registry(
     "pass",
     {
+        "awq": "compress.passes.awq:AWQ",
         "gptq": "compress.passes.gptq:GPTQ",
         "magnitude": "compress.passes.magnitude:Magnitude",
         "rotate": "compress.passes.rotate:Rotate",

@@ -239,6 +239,31 @@ def best_codes(row: np.ndarray, matrix: np.ndarray, scale: float, zero: int, bit
     return best
 
 
+def awq_scale(inputs: np.ndarray, exponent: float) -> np.ndarray:
+    """s_j = mean|x_j|^a (Lin et al. 2023, equation 5), over sqrt(max s * min s), as the authors' code divides it."""
+    tokens, columns = inputs.shape
+    scale = [math.fsum(abs(float(x)) for x in inputs[:, column]) / tokens for column in range(columns)]
+    scale = [value**exponent for value in scale]
+    return np.array([value / math.sqrt(max(scale) * min(scale)) for value in scale])
+
+
+def awq_error(
+    weight: np.ndarray, inputs: np.ndarray, scale: np.ndarray, bits: int, group_size: int, symmetric: bool
+) -> float:
+    """Sum over tokens and outputs of (Q(W diag(s)) (x / s) - W x)^2 (equation 4)."""
+    codes, steps, zero = round_to_nearest(weight * scale, bits, group_size, symmetric)
+    rounded = dequantize(codes, steps, zero)
+    total = 0.0
+    for token in inputs:
+        total += float(((rounded @ (token / scale) - weight @ token) ** 2).sum())
+    return total
+
+
+def group_output_error(weight: np.ndarray, quantized: np.ndarray, inputs: np.ndarray) -> float:
+    """Sum over tokens of the squared change of what one group of one row adds to the output."""
+    return math.fsum(float(((weight - quantized) * token).sum()) ** 2 for token in inputs)
+
+
 # ---------------------------------------------------------------------------------------------------- pruning
 
 
