@@ -115,13 +115,13 @@ class Rotate(Pass):
         model.untie()
 
     def extra_bytes(self, shape: ModelShape) -> int:
-        """A block in float32, copies of two of its layers to undo a trial, and two tables in float64; or as much of
-        the head."""
-        weights = 0
+        """A block in float32, copies of two of its layers to undo a trial, and what rotating one takes (tables in
+        float64: the weight, with its signs, before and after a factor); or as much for some rows of the head."""
+        most = 0
         for block in shape.handle.block_list():
             sizes = sorted((parameter.numel() for parameter in block.module.parameters()), reverse=True)
-            weights = max(weights, 4 * sum(sizes) + 8 * sum(sizes[:2]) + 3 * 8 * sizes[0])
-        return max(weights, 4 * 8 * _ROWS * shape.hidden)
+            most = max(most, 4 * sum(sizes) + 8 * sum(sizes[:2]) + 4 * 8 * sizes[0])
+        return max(most, 4 * 8 * _ROWS * shape.hidden)
 
     @torch.no_grad()
     def run(self, model: ModelHandle, context: Context) -> PassResult:
