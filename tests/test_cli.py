@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import compress
 from compress.cli import main
+from compress.registry import PASSES
 
 ROOT = Path(__file__).parents[1]
 
@@ -207,7 +208,7 @@ def test_plan_as_json_reads_no_weight(capsys, recipe, tmp_path, tiny_folder):
 def test_passes_lists_all_and_describes_one(capsys):
     code, out, _ = call(capsys, "passes")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["gptq", "magnitude", "rtn", "wanda"]
+    assert [line.split()[0] for line in out.splitlines()] == PASSES.names()
     code, out, _ = call(capsys, "passes", "gptq")
     assert "group_size" in out
     assert call(capsys, "passes", "gtpq")[0] == 2

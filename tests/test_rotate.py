@@ -237,6 +237,20 @@ def test_the_plan_states_the_size_with_the_head_of_its_own(checked, tiny_folder)
     assert written - bare.weights_bytes > 96 * 32 * 4 - 200
 
 
+def test_the_plan_states_memory_and_refuses_what_shapes_forbid(tiny_folder, tmp_path):
+    for residency in ("memory", "disk"):
+        found = plan(Recipe.from_dict(recipe(tiny_folder, tmp_path, passes=["rotate"], residency=residency)))
+        step = found.steps[1]
+        assert step.name == "rotate"
+        assert step.parts["pass"] > 4 * 32 * 64 * 3  # the float32 copy of a block, and more
+        assert ("block" in step.parts) == (residency == "disk")
+        assert step.disk_bytes > 2 * 96 * 32 * 4  # embedding and head are kept by the stage
+    for family, reason in (("gpt_oss", "no linear layer"), ("bert", "no head")):
+        tiny_model(family).save_pretrained(tmp_path / family)
+        with pytest.raises(StartError, match=reason):
+            plan(Recipe.from_dict(recipe(tmp_path / family, tmp_path, passes=["rotate"])))
+
+
 def test_the_written_model_is_the_rotated_one(tiny_folder, tmp_path, unchecked):
     run(recipe(tiny_folder, tmp_path / "out", passes=["rotate"]))
     model = compress.load(tmp_path / "out")
