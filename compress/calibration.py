@@ -125,6 +125,63 @@ class _Enough(Exception):
     """All layers of interest have been called; the rest of the block need not run."""
 
 
+@dataclass(frozen=True)
+class Traced:
+    """One run of a block over the first batch: what named modules were given and gave at their first call.
+
+    `inputs` and `outputs` are in the order of the calls; `hidden` is the block's input, `result` its output.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+    hidden: torch.Tensor
+    result: torch.Tensor
+
+    def stages(self, names: Sequence[str]) -> list[list[str]]:
+        """Those of `names` that were called, in their order, those that were given the same tensor together."""
+        found: list[tuple[torch.Tensor, list[str]]] = []
+        for name, x in self.inputs.items():
+            members = next((members for tensor, members in found if tensor is x), None)
+            if name in names and members is not None:
+                members.append(name)
+            elif name in names:
+                found.append((x, [name]))
+        return [members for _, members in found]
+
+    def before(self, name: str) -> list[str]:
+        """The modules that were called before this one, in their order."""
+        order = list(self.inputs)
+        return order[: order.index(name)]
+
+
+@torch.no_grad()
+def trace_outside(model: ModelHandle, windows: Windows, names: Sequence[str]) -> Traced:
+    """One run of the model on the first batch, with every block handing its input on, and what the named modules, which
+    are in no block, were given and gave. `hidden` is what enters the first block and leaves the last."""
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for name in names:
+
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Any, name: str = name) -> None:
+            if isinstance(out, torch.Tensor):
+                outputs.setdefault(name, out)
+            if args and isinstance(args[0], torch.Tensor):
+                inputs.setdefault(name, args[0])
+
+        handles.append(model.model.get_submodule(name).register_forward_hook(hook))
+    capture = _Capture(None)
+    first = model.load(model.block_list()[0])
+    try:
+        out = _run_recorded(model, model.model, next(_batches(windows, windows.tokens.numel())), capture)
+    finally:
+        model.release(first)
+        for handle in handles:
+            handle.remove()
+    assert capture.first is not None
+    return Traced(inputs, outputs, capture.first, out[0])
+
+
 class BlockCalibration:
     """One block's view of the calibration text: run it, look at what enters its layers, measure its error.
 
@@ -240,6 +297,33 @@ class BlockCalibration:
         with _hooked(self.block.module, {name: partial(note, name) for name in names}):
             output = self._first_output()
         return _Calls([members for _, members in seen], counts), output
+
+    @torch.no_grad()
+    def output(self, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The block's output, as it is now, on the first batch with its input replaced by what `change` makes of it."""
+        hidden, call = next(self.stream.inputs(self.block))
+        return _call(self.block, change(hidden), call)
+
+    @torch.no_grad()
+    def trace(self, names: Sequence[str]) -> Traced:
+        """One run of the block, as it is now, over the first batch, with what the named modules were given and gave."""
+        inputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor] = {}
+        handles = []
+        for name in names:
+
+            def hook(_: nn.Module, args: tuple[Any, ...], out: torch.Tensor, name: str = name) -> None:
+                outputs.setdefault(name, out)
+
+            handles.append(self.block.module.get_submodule(name).register_forward_hook(hook))
+        try:
+            with self._hooked({name: partial(inputs.setdefault, name) for name in names}):
+                hidden, call = next(self.stream.inputs(self.block))
+                result = _call(self.block, hidden, call)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Traced(inputs, outputs, hidden, result)
 
     @torch.no_grad()
     def observe(self, observers: Mapping[str, Observer]) -> None:

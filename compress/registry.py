@@ -84,10 +84,12 @@ PASSES = Registry(
     {
         "autoround": "compress.passes.autoround:AutoRound",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",
+        "awq": "compress.passes.awq:AWQ",
         "gptq": "compress.passes.gptq:GPTQ",
         "llm_qat": "compress.passes.llm_qat:LLMQAT",
         "magnitude": "compress.passes.magnitude:Magnitude",
         "quantize": "compress.passes.quantize:Quantize",
+        "rotate": "compress.passes.rotate:Rotate",
         "rtn": "compress.passes.rtn:RTN",
         "wanda": "compress.passes.wanda:Wanda",
     },

@@ -138,8 +138,9 @@ def outputs(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrainedModel] = tiny_model) -> None:
     """Raises AssertionError where a pass breaks a rule that the engine relies on.
 
-    It must change the weights it says it covers and nothing outside the blocks, leave finite outputs, be
-    reproducible, be rebuilt equal from its own options, and declare known states.
+    It must change the weights it says it covers and nothing outside the blocks (unless it declares
+    `changes_outside`), leave finite outputs, be reproducible, be rebuilt equal from its own options, and declare known
+    states.
     """
     from compress.model import find_stacks
     from compress.passes.base import STATES

@@ -239,6 +239,31 @@ def best_codes(row: np.ndarray, matrix: np.ndarray, scale: float, zero: int, bit
     return best
 
 
+def awq_scale(inputs: np.ndarray, exponent: float) -> np.ndarray:
+    """s_j = mean|x_j|^a (Lin et al. 2023, equation 5), over sqrt(max s * min s), as the authors' code divides it."""
+    tokens, columns = inputs.shape
+    scale = [math.fsum(abs(float(x)) for x in inputs[:, column]) / tokens for column in range(columns)]
+    scale = [value**exponent for value in scale]
+    return np.array([value / math.sqrt(max(scale) * min(scale)) for value in scale])
+
+
+def awq_error(
+    weight: np.ndarray, inputs: np.ndarray, scale: np.ndarray, bits: int, group_size: int, symmetric: bool
+) -> float:
+    """Sum over tokens and outputs of (Q(W diag(s)) (x / s) - W x)^2 (equation 4)."""
+    codes, steps, zero = round_to_nearest(weight * scale, bits, group_size, symmetric)
+    rounded = dequantize(codes, steps, zero)
+    total = 0.0
+    for token in inputs:
+        total += float(((rounded @ (token / scale) - weight @ token) ** 2).sum())
+    return total
+
+
+def group_output_error(weight: np.ndarray, quantized: np.ndarray, inputs: np.ndarray) -> float:
+    """Sum over tokens of the squared change of what one group of one row adds to the output."""
+    return math.fsum(float(((weight - quantized) * token).sum()) ** 2 for token in inputs)
+
+
 # ---------------------------------------------------------------------------------------------------- pruning
 
 
@@ -358,6 +383,28 @@ def top1_agreement(original: np.ndarray, compressed: np.ndarray) -> float:
 
 
 # -------------------------------------------------------------------------------------------------- rotations
+
+
+def rotated_reader(weight: np.ndarray, gain: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """W diag(g) Q: what reads g * n(x) as W did, given n(x) Q (Ashkboos et al. 2024, section 4, stage 1a)."""
+    rows, columns = weight.shape
+    result = np.zeros((rows, columns))
+    for row in range(rows):
+        for column in range(columns):
+            result[row, column] = math.fsum(
+                float(weight[row, k]) * float(gain[k]) * float(rotation[k, column]) for k in range(columns)
+            )
+    return result
+
+
+def rotated_writer(weight: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Q^T W: gives (W x)^T Q where W gave W x."""
+    rows, columns = weight.shape
+    result = np.zeros((rows, columns))
+    for row in range(rows):
+        for column in range(columns):
+            result[row, column] = math.fsum(float(rotation[k, row]) * float(weight[k, column]) for k in range(rows))
+    return result
 
 
 def legendre(value: int, prime: int) -> int:

@@ -102,8 +102,10 @@ def find_params(
     Without `search` the grid covers the group: symmetric `scale = max|w| / ((2**bits - 1) / 2)`; asymmetric
     `scale = (max - min) / (2**bits - 1)` with 0 inside the range, `zero = round(qmin - min / scale)`. With it, smaller
     ranges are tried as well and the one with the least `sum(importance * (w - rounded)**2)` per group is kept
-    (`importance` is `[in]`, for instance the diagonal of a Hessian; all ones if None). A symmetric grid has one code
-    more below zero than above; the search may turn it round, and the scale of such a group is negative.
+    (`importance` is `[in]`, for instance the diagonal of a Hessian; all ones if None). With `importance`
+    `[groups, size, size]`, the blocks on a Hessian's diagonal, it is `(w - rounded) H (w - rounded)^T`: what the group
+    by itself changes of the layer's output. A symmetric grid has one code more below zero than above; the search may
+    turn it round, and the scale of such a group is negative.
 
     A group of zeros gets scale 1 and zero 0. A scale too small for its dtype becomes the smallest number that it
     holds; one too large, or a weight that is not finite, is a CompressError. Groups that do not divide: StartError.
@@ -113,7 +115,8 @@ def find_params(
     scale = torch.empty(rows, columns // size, dtype=spec.torch_scale_dtype, device=weight.device)
     zero = None if spec.symmetric else torch.empty_like(scale, dtype=torch.int8)
     if importance is not None:
-        importance = importance.to(compute_dtype(weight)).view(columns // size, size)
+        importance = importance.to(compute_dtype(weight))
+        importance = importance.view(columns // size, size) if importance.dim() == 1 else importance
     for part in _row_chunks(rows, columns):
         grouped = weight[part].to(compute_dtype(weight)).unflatten(1, (-1, size))
         low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
@@ -189,7 +192,10 @@ def _error(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec,
     rounded = _round(grouped, scale, zero, spec)
     if zero is not None:
         rounded -= zero.unsqueeze(2)
-    error = rounded.mul_(scale.unsqueeze(2)).sub_(grouped).square_()
+    error = rounded.mul_(scale.unsqueeze(2)).sub_(grouped)
+    if importance is not None and importance.dim() == 3:
+        return torch.einsum("rgi,gij->rgj", error, importance).mul_(error).sum(2)
+    error = error.square_()
     if importance is not None:
         error *= importance
     return error.sum(2)

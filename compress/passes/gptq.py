@@ -24,7 +24,7 @@ from compress.errors import CompressError
 from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params
 from compress.maths.hessian import Hessian, NotPositiveDefinite, inverse_cholesky, mean_diagonal
 from compress.passes.base import LayerShape
-from compress.passes.rounding import RoundingPass
+from compress.passes.rounding import RoundingPass, hessian_sizes
 from compress.passes.rtn import relative_weight_error, round_to_nearest
 
 if TYPE_CHECKING:
@@ -227,10 +227,9 @@ class GPTQ(RoundingPass):
         return self._hessian_bytes(layers) + max(copies, default=0)
 
     def _hessian_bytes(self, layers: Sequence[LayerShape]) -> int:
-        """Of those held at once. Which layers share an input, shapes do not say: those of one shape are taken to, as q,
-        k and v do; where o has it too, that is one too few, and the layers with the most columns outweigh it."""
-        squares = {(layer.inputs, layer.outputs): 4 * layer.inputs**2 for layer in layers}
-        return max(squares.values(), default=0) if self.true_sequential else sum(squares.values())
+        """Of those held at once."""
+        sizes = hessian_sizes(layers)
+        return max(sizes, default=0) if self.true_sequential else sum(sizes)
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """Tables in float32, the larger of two moments. Factorising: the Hessian, its reordered copy, the

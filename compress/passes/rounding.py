@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -13,6 +14,13 @@ if TYPE_CHECKING:
     import torch
 
     from compress.model import Layer
+
+
+def hessian_sizes(layers: Sequence[LayerShape]) -> list[int]:
+    """Bytes of a block's Hessians, float32. Which layers share an input, shapes do not say: those of one shape are
+    taken to, as q, k and v do; where o has it too, that is one too few, and the layers with the most columns outweigh
+    it."""
+    return list({(layer.inputs, layer.outputs): 4 * layer.inputs**2 for layer in layers}.values())
 
 
 class RoundingPass(BlockPass):
