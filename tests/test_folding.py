@@ -175,7 +175,8 @@ def test_a_large_residual_does_not_hide_that_the_output_changes() -> None:
     model = tiny_model("llama")
     layer = model.model.layers[1]
     layer.mlp = Routed(layer.mlp, "weight")
-    layer.mlp.mlp.down_proj.weight.data.mul_(1e-4)  # the layer adds a ten-thousandth of what passes by
+    for last in (layer.self_attn.o_proj, layer.mlp.mlp.down_proj):
+        last.weight.data.mul_(1e-4)  # the block adds a ten-thousandth of what passes by
     _, _, refused = folds_of(model)
     assert "mlp.mlp.up_proj" in refused
 
