@@ -197,3 +197,11 @@ def test_a_layer_that_no_token_reaches_is_refused() -> None:
     _, folds, refused = folds_of(model)
     assert refused == {"spare": "no calibration token reached it"}
     assert len(folds) == 7
+
+
+def test_what_the_block_hardly_adds_is_still_proved_by_the_input_of_the_stage() -> None:
+    model = tiny_model("gpt_neox")
+    model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.data.mul_(1e-5)  # GELU is not linear, and nobody would see it
+    _, folds, refused = folds_of(model)
+    assert "mlp.dense_4h_to_h" in refused
+    assert "mlp.dense_h_to_4h" in folds
