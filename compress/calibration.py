@@ -20,6 +20,7 @@ from torch import nn
 from compress.data import Windows
 from compress.errors import StartError
 from compress.model import Block, ModelHandle, Stack
+from compress.nn.kernels import cached
 
 Observer = Callable[[torch.Tensor], None]
 
@@ -176,9 +177,10 @@ class CalibrationStream:
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
-        """Pushes every batch through the block as it is now."""
-        for index, (hidden, call) in enumerate(self.inputs(block)):
-            self.hidden[index] = _call(block, hidden, call).cpu()
+        """Pushes every batch through the block as it is now; packed layers are expanded once for all of them."""
+        with cached(block.module):
+            for index, (hidden, call) in enumerate(self.inputs(block)):
+                self.hidden[index] = _call(block, hidden, call).cpu()
 
 
 def _batches(windows: Windows, tokens_per_batch: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -302,6 +304,14 @@ class BlockCalibration:
             for handle in handles:
                 handle.remove()
         return Traced(inputs, outputs, hidden, result)
+
+    def whole_inputs(self, names: Sequence[str]) -> set[str]:
+        """Those of `names` that are given [batch, length, width]; not those given rows of tokens without their batch.
+
+        compressed-tensors finds a scale for each token in the former only; a layer that gets a matrix has one scale
+        for all of it in plain transformers, which then depends on what else is in the batch.
+        """
+        return {name for name, x in self.trace(names).inputs.items() if x.dim() == 3}
 
     @torch.no_grad()
     def observe(self, observers: Mapping[str, Observer]) -> None:

@@ -85,6 +85,7 @@ PASSES = Registry(
         "gptq": "compress.passes.gptq:GPTQ",
         "magnitude": "compress.passes.magnitude:Magnitude",
         "rtn": "compress.passes.rtn:RTN",
+        "smoothquant": "compress.passes.smoothquant:SmoothQuant",
         "wanda": "compress.passes.wanda:Wanda",
     },
     "compress.passes",
