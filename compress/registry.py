@@ -82,6 +82,7 @@ def _owner(point: EntryPoint) -> str:
 PASSES = Registry(
     "pass",
     {
+        "fp8": "compress.passes.fp8:FP8",
         "gptq": "compress.passes.gptq:GPTQ",
         "magnitude": "compress.passes.magnitude:Magnitude",
         "rtn": "compress.passes.rtn:RTN",

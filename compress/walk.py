@@ -20,11 +20,10 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
     Memory: one block, what the pass accumulates for it, the stream's hidden states, and one batch.
     """
     coverage = check_coverage(pass_, model, context.min_coverage)
-    stream = None
-    if pass_.needs_calibration:
-        if context.calibration is None:
-            raise StartError(f"{pass_.name} needs calibration text.")
-        stream = CalibrationStream(model, context.calibration, context.tokens_per_batch)
+    windows = context.calibration if pass_.needs_calibration else pass_.probe()
+    if pass_.needs_calibration and windows is None:
+        raise StartError(f"{pass_.name} needs calibration text.")
+    stream = CalibrationStream(model, windows, context.tokens_per_batch) if windows is not None else None
     records: list[dict[str, Any]] = []
     with context.progress.step(pass_.name, total=len(model.block_list())) as step:
         for block in model.blocks():
@@ -48,7 +47,7 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
 def _change(pass_: BlockPass, block: Block, stream: CalibrationStream | None) -> dict[str, Any]:
     calibration = BlockCalibration(block, stream) if stream is not None else None
     metrics = pass_.compress_block(block, calibration)
-    error = calibration.error() if calibration is not None else None
+    error = calibration.error() if calibration is not None and pass_.needs_calibration else None
     return {"name": block.name, "error": error, **metrics}
 
 

@@ -24,10 +24,10 @@ from compress.errors import CompressError
 from compress.folding import Fold, find_folds, folding_bytes
 from compress.maths.grid import QuantSpec, eight_bit_spec
 from compress.passes.base import BlockPass, LayerShape
-from compress.passes.rtn import relative_weight_error, round_to_nearest, rounding_bytes
+from compress.passes.rtn import rounded_layer, rounding_bytes
 
 if TYPE_CHECKING:
-    from compress.model import Block, Layer
+    from compress.model import Block
 
 
 def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -98,7 +98,7 @@ class SmoothQuant(BlockPass):
         report: dict[str, Any] = {}
         for name, layer in layers.items():
             spec = self._grid(layer.dtype, name in whole)
-            report[name] = {**_round(layer, spec), "activations": "int8" if spec.activations else "not rounded"}
+            report[name] = rounded_layer(layer, spec)
             if name in folds:
                 report[name]["folded_into"] = folds[name].producer
             else:
@@ -120,11 +120,3 @@ class SmoothQuant(BlockPass):
             fold.shared(inputs.values.to(weights), "amax"), fold.shared(weights, "amax"), self.alpha
         )
         fold.apply(block, scale)
-
-
-def _round(layer: Layer, spec: QuantSpec) -> dict[str, Any]:
-    """Rounds one layer's weight to nearest; what to report of it."""
-    codes, scale, _ = round_to_nearest(layer.weight, spec)
-    loss = relative_weight_error(layer.weight, codes, scale, None, spec)
-    layer.quantize(codes, scale, None, spec)
-    return {"bits": spec.bits, "loss": loss}
