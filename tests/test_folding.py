@@ -61,7 +61,7 @@ EXPECTED = {
 def view(model: nn.Module, index: int = 1) -> tuple[Block, BlockCalibration]:
     """A block of the model, and the calibration text as it enters it."""
     handle = ModelHandle.wrap(model)
-    windows = windows_from(tiny_tokens(4, 24), None, samples=None, length=None, seed=0, context=handle.context_length)
+    windows = windows_from(tiny_tokens(4, 24), None)
     stream = CalibrationStream(handle, windows)
     for block in handle.block_list()[:index]:
         stream.advance(block)

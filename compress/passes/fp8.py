@@ -51,7 +51,7 @@ class FP8(BlockPass):
         if self.activations == "none":
             return None
         tokens = torch.zeros(1, 2, dtype=torch.int64)
-        return windows_from(tokens, None, samples=None, length=None, seed=0, context=None)
+        return windows_from(tokens, None)
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         layers = block.layers(self.targets, self.skip)
