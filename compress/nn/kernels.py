@@ -61,7 +61,7 @@ def _multiply_int8(layer: QuantLinear, x: Tensor) -> Tensor:
     out = sums.to(dtype).mul_(scale.reshape(-1, 1)).mul_(scales.t())
     if layer.bias is not None:
         out += layer.bias
-    return out.to(x.dtype).unflatten(0, x.shape[:-1])
+    return out.to(x.dtype).reshape(*x.shape[:-1], layer.out_features)
 
 
 KERNELS: tuple[Kernel, ...] = (
