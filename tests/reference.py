@@ -145,7 +145,7 @@ def round_to_nearest(
 
 
 def e4m3_numbers() -> list[float]:
-    """Every finite number of 4 exponent and 3 fraction bits, not negative, in order (Micikevicius et al. 2022, table 1).
+    """Every finite number of 4 exponent and 3 fraction bits from 0 up (Micikevicius et al. 2022, table 1).
 
     Exponent bias 7; exponent 0 is subnormal; the code with all ones is NaN, and there is no infinity.
     """

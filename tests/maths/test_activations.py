@@ -1,4 +1,4 @@
-"""Rounded inputs and 8-bit floats, against the definitions of their types and against the compressed-tensors package."""
+"""Rounded inputs and 8-bit floats, against the definitions of their types and against compressed-tensors itself."""
 
 from __future__ import annotations
 
