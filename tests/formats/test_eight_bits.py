@@ -109,11 +109,8 @@ def test_the_config_says_what_is_rounded_and_how(eight: Shelf) -> None:
     stored = json.loads((eight.written["llama-smoothquant"].folder / "config.json").read_text())["quantization_config"]
     group = stored["config_groups"]["group_0"]
     assert stored["format"] == group["format"] == "int-quantized"
-    assert (stored["quantization_status"], stored["ignore"], group["targets"]) == (
-        "compressed",
-        ["lm_head"],
-        ["Linear"],
-    )
+    assert (stored["quantization_status"], stored["ignore"]) == ("compressed", ["lm_head"])
+    assert group["targets"] == ["Linear"]
     inputs, weights = group["input_activations"], group["weights"]
     assert (inputs["num_bits"], inputs["type"], inputs["dynamic"], inputs["strategy"]) == (8, "int", True, "token")
     assert (weights["num_bits"], weights["strategy"], weights["symmetric"]) == (8, "channel", True)
@@ -185,5 +182,5 @@ def test_what_the_layers_do_not_compute_is_refused(change: dict[str, object], ei
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"] |= change
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(StartError, match="compress.load reads weights of integers per group"):
+    with pytest.raises(StartError, match=r"compress\.load reads weights of integers per group"):
         load(folder)
