@@ -24,6 +24,7 @@ from compress.capture import Call, Capture, run_recorded, share
 from compress.data import Windows
 from compress.errors import StartError
 from compress.model import Block, ModelHandle
+from compress.nn.kernels import cached
 
 Observer = Callable[[torch.Tensor], None]
 PairObserver = Callable[[torch.Tensor, torch.Tensor], None]
@@ -82,10 +83,12 @@ class CalibrationStream:
 
     @torch.no_grad()
     def advance(self, block: Block, first: torch.Tensor | None = None) -> None:
-        """Pushes every batch through the block as it is now. `first`: what it makes of the first batch, if known."""
-        for index, (hidden, call) in enumerate(self.inputs(block)):
-            known = first if index == 0 else None
-            self.hidden[index] = (_call(block.module, hidden, call) if known is None else known).cpu()
+        """Pushes every batch through the block as it is now; packed layers are expanded once for all of them. `first`:
+        what it makes of the first batch, if known."""
+        with cached(block.module):
+            for index, (hidden, call) in enumerate(self.inputs(block)):
+                known = first if index == 0 else None
+                self.hidden[index] = (_call(block.module, hidden, call) if known is None else known).cpu()
 
     @torch.no_grad()
     def advance_original(self, block: Block, module: nn.Module | None = None) -> None:
@@ -170,10 +173,10 @@ def trace_outside(model: ModelHandle, windows: Windows, names: Sequence[str]) ->
                 inputs.setdefault(name, args[0])
 
         handles.append(model.model.get_submodule(name).register_forward_hook(hook))
-    capture = _Capture(None)
+    capture = Capture(None)
     first = model.load(model.block_list()[0])
     try:
-        out = _run_recorded(model, model.model, next(_batches(windows, windows.tokens.numel())), capture)
+        out = run_recorded(model, model.model, next(_batches(windows, windows.tokens.numel())), capture)
     finally:
         model.release(first)
         for handle in handles:
@@ -302,7 +305,7 @@ class BlockCalibration:
     def output(self, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The block's output, as it is now, on the first batch with its input replaced by what `change` makes of it."""
         hidden, call = next(self.stream.inputs(self.block))
-        return _call(self.block, change(hidden), call)
+        return _call(self.block.module, change(hidden), call)
 
     @torch.no_grad()
     def trace(self, names: Sequence[str]) -> Traced:
@@ -317,13 +320,21 @@ class BlockCalibration:
 
             handles.append(self.block.module.get_submodule(name).register_forward_hook(hook))
         try:
-            with self._hooked({name: partial(inputs.setdefault, name) for name in names}):
+            with _hooked(self.block.module, {name: partial(inputs.setdefault, name) for name in names}):
                 hidden, call = next(self.stream.inputs(self.block))
-                result = _call(self.block, hidden, call)
+                result = _call(self.block.module, hidden, call)
         finally:
             for handle in handles:
                 handle.remove()
         return Traced(inputs, outputs, hidden, result)
+
+    def whole_inputs(self, names: Sequence[str]) -> set[str]:
+        """Those of `names` that are given [batch, length, width]; not those given rows of tokens without their batch.
+
+        compressed-tensors finds a scale for each token in the former only; a layer that gets a matrix has one scale
+        for all of it in plain transformers, which then depends on what else is in the batch.
+        """
+        return {name for name, x in self.trace(names).inputs.items() if x.dim() == 3}
 
     @torch.no_grad()
     def observe(self, observers: Mapping[str, Observer]) -> None:

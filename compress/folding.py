@@ -15,7 +15,7 @@ dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.calibration import BlockCalibration, Traced
 from compress.model import Block, Layer
+from compress.passes.base import LayerShape
 
 #: Trial scales are 2**-2 .. 2**2.
 _TRIAL_EXPONENT = 2
@@ -58,7 +59,8 @@ class Fold:
 
         ValueError where a layer is rounded already: its codes would not follow.
         """
-        late = [name for name in (self.producer, *self.stage) if name in block.pending]
+        rounded = block.quantized()
+        late = [name for name in (self.producer, *self.stage) if name in rounded]
         if late:
             raise ValueError(f"{late[0]} of {block.name} is rounded already; fold before rounding")
         for parameter, rows, offset in self._divided(block):
@@ -121,10 +123,13 @@ def find_folds(block: Block, calibration: BlockCalibration, seed: int = 0) -> tu
     return folds, refused
 
 
-def folding_bytes(inputs_and_outputs: int, tokens_per_batch: int, itemsize: int, largest_stage: int) -> int:
-    """Peak of `find_folds`: what all layers are given and give on one batch (`inputs_and_outputs` values a token), and
-    copies of one producer and one stage (`largest_stage` weights) with their float32 temporaries."""
-    return tokens_per_batch * inputs_and_outputs * itemsize + largest_stage * (itemsize + 8)
+def folding_bytes(layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+    """Peak of `find_folds`, the activations of one run not counted: what all layers are given and give in one run is
+    kept while another is under way, beside copies of a producer and the layers of its stage, and one scaled."""
+    values = sum(layer.inputs + layer.outputs for layer in layers)
+    itemsize = max((layer.dtype.itemsize for layer in layers), default=0)
+    weights = sorted((layer.inputs * layer.outputs for layer in layers), reverse=True)
+    return tokens_per_batch * values * itemsize + sum(weights[:3]) * itemsize + 8 * max(weights, default=0)
 
 
 def _reason(candidates: list[Fold]) -> str:

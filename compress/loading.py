@@ -162,6 +162,9 @@ def _place(model: PreTrainedModel, source: TensorSource, specs: dict[str, QuantS
             parent._parameters[last] = nn.Parameter(tensor, requires_grad=False)
         else:
             parent._buffers[last] = tensor
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.exact = False
     model.tie_weights()
 
 

@@ -53,16 +53,21 @@ class Layer:
         self.weight.copy_(weight)
 
     def quantize(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec) -> None:
-        """Makes this a quantized layer: `codes` int8 [out, in], `scale` [out, groups], `zero` int8 [out, groups].
+        """Makes this a quantized layer: `codes` [out, in] (int8; float8 on a grid of those), `scale` [out, groups],
+        `zero` int8 [out, groups].
 
         Until the block is sealed the dense module stays, holding the dequantized weight, because the calibration
-        still runs through it many times and unpacking each time would cost more than the matmul.
+        still runs through it many times and unpacking each time would cost more than the matmul. Where the layer's
+        inputs are rounded as well, it is replaced at once: a dense module would not round them.
         """
         packed = QuantLinear.from_codes(
             codes, scale, zero, spec, bias=self.module.bias, dtype=self.dtype, transposed=self.transposed
         )
-        self.set_weight(packed.dequantize(self.dtype))
         assert self.block is not None
+        if spec.activations:
+            self.block.module.set_submodule(self.name, packed)
+            return
+        self.set_weight(packed.dequantize(self.dtype))
         self.block.pending[self.name] = packed
 
 

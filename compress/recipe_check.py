@@ -76,7 +76,7 @@ class Checker:
             self.problem(("passes",), f"{yaml_words(value)} is not allowed; allowed: a list of `- name: {{options}}`.")
             return None
         built = [self._pass(("passes", index), entry) for index, entry in enumerate(value)]
-        return None if None in built else [step for entry in built for step in entry.steps()]
+        return None if None in built else [step for entry in built for step in entry.stands_for()]
 
     def _pass(self, place: Place, entry: Any) -> Any:
         if isinstance(entry, BaseModel) and hasattr(entry, "accepts"):

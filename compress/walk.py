@@ -23,11 +23,12 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
     path, a copy of the block and of the hidden states.
     """
     coverage = check_coverage(pass_, model, context.min_coverage)
+    windows = context.calibration if pass_.needs_calibration else pass_.probe()
+    if pass_.needs_calibration and windows is None:
+        raise StartError(f"{pass_.name} needs calibration text.")
     stream = None
-    if pass_.needs_calibration:
-        if context.calibration is None:
-            raise StartError(f"{pass_.name} needs calibration text.")
-        stream = CalibrationStream(model, context.calibration, context.tokens_per_batch, pass_.needs_original)
+    if windows is not None:
+        stream = CalibrationStream(model, windows, context.tokens_per_batch, pass_.needs_original)
     return PassResult(model, over_blocks(pass_.name, model, context, partial(_change, pass_, stream), stream), coverage)
 
 
@@ -70,6 +71,8 @@ def _change(pass_: BlockPass, stream: CalibrationStream | None, block: Block) ->
     calibration = BlockCalibration(block, stream) if stream is not None else None
     metrics = pass_.compress_block(block, calibration)
     error = calibration.finish() if calibration is not None else None
+    if not pass_.needs_calibration:
+        error = None
     return {"name": block.name, "error": error, **metrics}
 
 

@@ -141,6 +141,59 @@ def round_to_nearest(
     return quantize(weight, scale, zero, bits), scale, zero
 
 
+# ---------------------------------------------------------------------------------------------- 8-bit inputs
+
+
+def e4m3_numbers() -> list[float]:
+    """Every finite number of 4 exponent and 3 fraction bits from 0 up (Micikevicius et al. 2022, table 1).
+
+    Exponent bias 7; exponent 0 is subnormal; the code with all ones is NaN, and there is no infinity.
+    """
+    numbers = []
+    for exponent in range(16):
+        for fraction in range(8):
+            if (exponent, fraction) != (15, 7):
+                numbers.append((fraction / 8 + (exponent > 0)) * 2.0 ** (max(exponent, 1) - 7))
+    return numbers
+
+
+def round_to_e4m3(value: float) -> float:
+    """The nearest of those numbers, and the one whose last fraction bit is 0 of two that are as near."""
+    size = min(abs(value), 448.0)
+    numbers = e4m3_numbers()
+    index = min(range(len(numbers)), key=lambda i: (abs(numbers[i] - size), i % 2))
+    return math.copysign(numbers[index], value)
+
+
+def round_to_type(value: float, kind: str) -> float:
+    """The nearest code of 8 bits: "int8" (-128 .. 127, ties to even) or "float8"."""
+    return round_to_e4m3(value) if kind == "float8" else float(min(max(round(value), -128), 127))
+
+
+def rounded_rows(matrix: np.ndarray, kind: str) -> np.ndarray:
+    """Each row (a token of an input, or a channel of a weight) rounded with a scale of its own: its largest magnitude
+    over half the span of the codes, 255 / 2 or 448."""
+    half = 448.0 if kind == "float8" else 255 / 2
+    result = np.zeros_like(matrix, dtype=np.float64)
+    for index, row in enumerate(matrix):
+        scale = max(abs(float(value)) for value in row) / half
+        result[index] = [round_to_type(float(value) / scale, kind) * scale if scale else 0.0 for value in row]
+    return result
+
+
+def smoothing_scale(inputs: np.ndarray, weights: list[np.ndarray], alpha: float) -> np.ndarray:
+    """`s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)` (Xiao et al. 2022, equation 4).
+
+    inputs [tokens, in]; weights [out, in], all the layers that are given these inputs.
+    """
+    scale = np.zeros(inputs.shape[1])
+    for column in range(inputs.shape[1]):
+        largest = max(abs(float(value)) for value in inputs[:, column])
+        weight = max(abs(float(value)) for matrix in weights for value in matrix[:, column])
+        scale[column] = largest**alpha / weight ** (1 - alpha)
+    return scale
+
+
 # ----------------------------------------------------------------------------------------------- second order
 
 

@@ -61,7 +61,7 @@ EXPECTED = {
 def view(model: nn.Module, index: int = 1) -> tuple[Block, BlockCalibration]:
     """A block of the model, and the calibration text as it enters it."""
     handle = ModelHandle.wrap(model)
-    windows = windows_from(tiny_tokens(4, 24), None, samples=None, length=None, seed=0, context=handle.context_length)
+    windows = windows_from(tiny_tokens(4, 24), None)
     stream = CalibrationStream(handle, windows)
     for block in handle.block_list()[:index]:
         stream.advance(block)
@@ -175,7 +175,8 @@ def test_a_large_residual_does_not_hide_that_the_output_changes() -> None:
     model = tiny_model("llama")
     layer = model.model.layers[1]
     layer.mlp = Routed(layer.mlp, "weight")
-    layer.mlp.mlp.down_proj.weight.data.mul_(1e-4)  # the layer adds a ten-thousandth of what passes by
+    for last in (layer.self_attn.o_proj, layer.mlp.mlp.down_proj):
+        last.weight.data.mul_(1e-4)  # the block adds a ten-thousandth of what passes by
     _, _, refused = folds_of(model)
     assert "mlp.mlp.up_proj" in refused
 
@@ -196,3 +197,11 @@ def test_a_layer_that_no_token_reaches_is_refused() -> None:
     _, folds, refused = folds_of(model)
     assert refused == {"spare": "no calibration token reached it"}
     assert len(folds) == 7
+
+
+def test_what_the_block_hardly_adds_is_still_proved_by_the_input_of_the_stage() -> None:
+    model = tiny_model("gpt_neox")
+    model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.data.mul_(1e-5)  # GELU is not linear, and nobody would see it
+    _, folds, refused = folds_of(model)
+    assert "mlp.dense_4h_to_h" in refused
+    assert "mlp.dense_h_to_4h" in folds

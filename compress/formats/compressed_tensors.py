@@ -1,4 +1,5 @@
-"""compressed-tensors' `pack-quantized`: what transformers and vLLM read.
+"""compressed-tensors: what transformers and vLLM read. `pack-quantized` for packed integers, `int-quantized` and
+`float-quantized` for codes of 8 bits, one an element, with or without rounding of the layers' inputs.
 
 transformers has two ways to open it. Without more it loads codes and scales into its own modules, one scheme per layer,
 and expands the model at the first forward. That way cannot load packed zero points: transformers 5.23 expects them
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -23,11 +24,17 @@ from compress.formats.base import Contents, Format, of_kind
 from compress.formats.folder import write_ordinary_files
 from compress.maths.grid import QuantSpec
 
-FORMAT = "pack-quantized"
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+#: compressed-tensors' name for what `QuantSpec.stored` says.
+FORMATS = {"packed": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}
+SEVERAL = "mixed-precision"
 
 
 class CompressedTensors(Format):
-    """Packed integers of 2 to 8 bits, per group or channel, symmetric or not. vLLM's kernels take 4 and 8 bits."""
+    """Packed integers of 2 to 8 bits, per group or channel, symmetric or not; int8 and float8 per channel, with inputs
+    rounded token by token or not. vLLM's kernels take 4 and 8 bits."""
 
     name = "compressed-tensors"
 
@@ -63,22 +70,20 @@ def quantization_config(specs: Mapping[str, QuantSpec], kinds: Mapping[str, str]
     One grid: all Linears are the target, and those that are not quantized are ignored by name. Several: each group
     names its layers.
     """
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationConfig
 
-    groups: dict[tuple[int, int, bool], list[str]] = {}
+    groups: dict[_Scheme, list[str]] = {}
     for name, spec in specs.items():
         groups.setdefault(_scheme(spec), []).append(name)
-    schemes = {}
-    for index, ((bits, group_size, symmetric), names) in enumerate(groups.items()):
-        size = {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
-        schemes[f"group_{index}"] = QuantizationScheme(
-            targets=["Linear"] if len(groups) == 1 else names,
-            weights=QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, dynamic=False, **size),
-            format=FORMAT,
-        )
+    schemes = {
+        f"group_{index}": scheme.entry(["Linear"] if len(groups) == 1 else names)
+        for index, (scheme, names) in enumerate(groups.items())
+    }
+    formats = {FORMATS[scheme.stored] for scheme in groups}
+    form = formats.pop() if len(formats) == 1 else SEVERAL
     ignored = [name for name in of_kind("Linear", kinds, kinds) if name not in specs]
     config: dict[str, Any] = QuantizationConfig(
-        config_groups=schemes, format=FORMAT, quantization_status="compressed", ignore=ignored
+        config_groups=schemes, format=form, quantization_status="compressed", ignore=ignored
     ).model_dump(mode="json")
     if not all(spec.symmetric for spec in specs.values()):
         config["dequantize"] = True
@@ -89,16 +94,18 @@ def read_specs(stored: Any, model: nn.Module) -> dict[str, QuantSpec]:
     """Layer name -> spec, from a config's `quantization_config` and the unquantized architecture.
 
     The scale dtype is not part of the config: the spec gets the default, and the stored tensors decide.
-    `StartError` for any other quantization than weight-only `pack-quantized`.
+    `StartError` for any other quantization than those that `CompressedTensors` writes.
     """
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils import match_named_modules
 
     data = stored if isinstance(stored, dict) else stored.to_dict()
     method, form = data.get("quant_method"), data.get("format")
-    if method != "compressed-tensors" or form != FORMAT:
+    readable = [*FORMATS.values(), SEVERAL]
+    if method != "compressed-tensors" or form not in readable:
         said = f"{method}, {form}" if form else f"{method}"
-        raise StartError(f"The model is quantized as {said}; compress.load reads compressed-tensors, {FORMAT}.")
+        known = ", ".join(readable)
+        raise StartError(f"The model is quantized as {said}; compress.load reads compressed-tensors, {known}.")
     try:
         config = QuantizationConfig.model_validate({key: value for key, value in data.items() if key != "dequantize"})
     except ValidationError as error:
@@ -107,18 +114,62 @@ def read_specs(stored: Any, model: nn.Module) -> dict[str, QuantSpec]:
         ) from error
     specs: dict[str, QuantSpec] = {}
     for scheme in config.config_groups.values():
-        args = scheme.weights
-        if args is None or scheme.input_activations or args.type != "int" or args.strategy not in ("group", "channel"):
-            raise StartError(f"compress.load reads weights of integers, per group or channel, and not {scheme}.")
-        spec = QuantSpec(args.num_bits, args.group_size or -1, args.symmetric)
+        spec = _spec(scheme, scheme.format or form)
         for name, module in match_named_modules(model, scheme.targets, config.ignore):
             if isinstance(module, nn.Linear):
                 specs.setdefault(name, spec)
     return specs
 
 
-def _scheme(spec: QuantSpec) -> tuple[int, int, bool]:
-    return spec.bits, spec.group_size, spec.symmetric
+class _Scheme(NamedTuple):
+    """What a group of layers has in common in the config: a spec without the dtype of its scales."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    stored: str
+    activations: bool
+
+    def entry(self, targets: list[str]) -> QuantizationScheme:
+        """The group's entry, as compressed-tensors' own classes make it."""
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        size: dict[str, Any] = {"strategy": "channel"}
+        if self.group_size != -1:
+            size = {"strategy": "group", "group_size": self.group_size}
+        kind = "float" if self.stored == "float8" else "int"
+        weights = QuantizationArgs(num_bits=self.bits, type=kind, symmetric=self.symmetric, dynamic=False, **size)
+        inputs = QuantizationArgs(num_bits=8, type=kind, symmetric=True, dynamic=True, strategy="token")
+        return QuantizationScheme(
+            targets=targets,
+            weights=weights,
+            input_activations=inputs if self.activations else None,
+            format=FORMATS[self.stored],
+        )
+
+
+def _scheme(spec: QuantSpec) -> _Scheme:
+    return _Scheme(spec.bits, spec.group_size, spec.symmetric, spec.stored, spec.activations)
+
+
+def _spec(scheme: QuantizationScheme, form: str) -> QuantSpec:
+    """The spec of a group's entry, in the default scale dtype. StartError for what `QuantLinear` does not compute."""
+    args, inputs = scheme.weights, scheme.input_activations
+    stored = {name: key for key, name in FORMATS.items()}.get(form)
+    kind = "float" if stored == "float8" else "int"
+    per_token = inputs is None or (
+        inputs.num_bits == 8 and inputs.type == kind and inputs.symmetric and inputs.dynamic is True
+        and inputs.strategy == "token" and stored != "packed"
+    )  # fmt: skip
+    per_channel = args is not None and args.type == kind and args.strategy in ("group", "channel")
+    if stored is None or args is None or not per_channel or not per_token:
+        raise StartError(
+            "compress.load reads weights of integers per group or channel, int8 and float8 per channel, and of those "
+            f"with inputs rounded alike for each token; and not {scheme}."
+        )
+    return QuantSpec(
+        args.num_bits, args.group_size or -1, args.symmetric, stored=stored, activations=inputs is not None
+    )
 
 
 def _holds(model: torch.dtype, scale: torch.dtype) -> bool:

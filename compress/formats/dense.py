@@ -26,7 +26,14 @@ class Dense(Format):
     name = "dense"
 
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
-        return None
+        rounding = [name for name, spec in specs.items() if spec.activations]
+        if not rounding:
+            return None
+        why = f", which {rounding[0]}, a Conv1D, would need" if kinds.get(rounding[0]) == "Conv1D" else ""
+        return (
+            f"a folder of plain weights cannot have transformers round the inputs of layers{why}: round weights alone "
+            "(rtn with bits: 8)."
+        )
 
     def stored(self, contents: Contents) -> Sequence[TensorSpec]:
         return _published(contents.skeleton, *_expanded(contents))[0]
@@ -48,7 +55,7 @@ def _expanded(contents: Contents) -> Tensors:
         layer, _, last = spec.name.rpartition(".")
         if layer not in contents.quantization or last == "bias":
             tensors.append(spec)
-        elif last == "weight_packed":
+        elif last in ("weight_packed", "weight"):
             layers[f"{layer}.weight"] = layer
             shape = tuple(model.get_submodule(layer).get_parameter("weight").shape)
             tensors.append(TensorSpec(f"{layer}.weight", contents.dtype, shape))
@@ -60,7 +67,7 @@ def _expanded(contents: Contents) -> Tensors:
         spec = contents.quantization[layer]
         packed = QuantLinear.like(model.get_submodule(layer), spec)
         for part in packed_tensors(packed.in_features, packed.out_features, spec):
-            packed.register_buffer(part, contents.read(f"{layer}.{part}"))
+            packed._buffers[part] = contents.read(f"{layer}.{part}")
         weight = packed.dequantize(contents.dtype)
         return weight.t().contiguous() if packed.transposed else weight
 

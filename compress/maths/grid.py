@@ -22,6 +22,9 @@ from compress.errors import CompressError, StartError
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
+#: How codes are stored. "packed": integers in 32-bit words; the others one code an element, as those types.
+STORED_DTYPES = {"packed": torch.int32, "int8": torch.int8, "float8": torch.float8_e4m3fn}
+
 # A layer is worked on a few rows at a time: temporaries stay in the processor's cache, and small beside the layer.
 CHUNK_ELEMENTS = 1 << 18
 
@@ -34,12 +37,19 @@ END_STEPS = (-0.36, -0.24, -0.12, -0.06, 0.06, 0.12, 0.24, 0.36)
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How a weight is rounded. `group_size` -1 means one group per row ("per channel")."""
+    """How a weight is rounded. `group_size` -1 means one group per row ("per channel").
+
+    stored: a key of `STORED_DTYPES`; "float8" codes are numbers of 4 exponent and 3 fraction bits instead of integers.
+    activations: the layer's inputs are rounded as well, to the type of the codes, with a scale for each token that is
+    found when the token comes ("dynamic"). See `compress.maths.activations`.
+    """
 
     bits: int
     group_size: int = -1
     symmetric: bool = True
     scale_dtype: str = "float16"
+    stored: str = "packed"
+    activations: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -50,6 +60,12 @@ class QuantSpec:
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise StartError(f"scale_dtype is {self.scale_dtype!r}: one of {', '.join(SCALE_DTYPES)} can be used")
+        if self.stored not in STORED_DTYPES:
+            raise StartError(f"stored is {self.stored!r}: one of {', '.join(STORED_DTYPES)} can be used")
+        if self.stored != "packed" and (self.bits, self.group_size, self.symmetric) != (8, -1, True):
+            raise StartError(f"{self.stored} codes have 8 bits, one scale per channel and no zero point")
+        if self.activations and self.stored == "packed":
+            raise StartError("activations are rounded to int8 or float8, and only where weights are stored so")
 
     @property
     def qmin(self) -> int:
@@ -58,6 +74,11 @@ class QuantSpec:
     @property
     def qmax(self) -> int:
         return (1 << (self.bits - 1)) - 1
+
+    @property
+    def half_range(self) -> float:
+        """What a symmetric grid divides the largest magnitude by: half the span of the codes."""
+        return float(torch.finfo(torch.float8_e4m3fn).max) if self.stored == "float8" else float(2**self.bits - 1) / 2
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
@@ -78,6 +99,12 @@ class QuantSpec:
     def groups(self, columns: int) -> int:
         """Groups in each row of a layer with this many columns."""
         return columns // self.columns_per_group(columns)
+
+
+def eight_bit_spec(layer_dtype: torch.dtype, stored: str, activations: bool) -> QuantSpec:
+    """The grid of a layer whose codes are stored one an element ("int8" or "float8"), with scales of its own dtype:
+    there is one a row, so their size is nothing."""
+    return QuantSpec(8, scale_dtype=str(layer_dtype).removeprefix("torch."), stored=stored, activations=activations)
 
 
 def spec_for(layer_dtype: torch.dtype, bits: int, group_size: int, symmetric: bool) -> QuantSpec:
@@ -128,15 +155,17 @@ def find_params(
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Codes, int8 `[out, in]`: the nearest point of each weight's grid (halves go to the even one)."""
+    """Codes `[out, in]`, int8, or float8_e4m3fn for a grid of those: the nearest point of each weight's grid (halves go
+    to the even one)."""
     rows, columns = weight.shape
     size = spec.columns_per_group(columns)
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    code_dtype = torch.float8_e4m3fn if spec.stored == "float8" else torch.int8
+    codes = torch.empty(rows, columns, dtype=code_dtype, device=weight.device)
     dtype = compute_dtype(weight)
     for part in _row_chunks(rows, columns):
         grouped = weight[part].to(dtype).unflatten(1, (-1, size))
         offset = None if zero is None else zero[part].to(dtype)
-        codes[part] = _round(grouped, scale[part].to(dtype), offset, spec).flatten(1).to(torch.int8)
+        codes[part] = _round(grouped, scale[part].to(dtype), offset, spec).flatten(1).to(code_dtype)
     return codes
 
 
@@ -170,17 +199,19 @@ def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
 
 def _cover(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero (both float, shaped like `low`) of the grid from `low` <= 0 to `high` >= 0."""
-    steps = 2**spec.bits - 1
     if spec.symmetric:
-        scale = torch.maximum(-low, high) / (steps / 2)
+        scale = torch.maximum(-low, high) / spec.half_range
         return storable(scale.masked_fill(scale == 0, 1.0), spec), torch.zeros_like(scale)
-    scale = (high - low) / steps
+    scale = (high - low) / (2 * spec.half_range)
     scale = storable(scale.masked_fill(scale == 0, 1.0), spec)
     return scale, (spec.qmin - low / scale).round_().clamp_(spec.qmin, spec.qmax).masked_fill_(low == high, 0.0)
 
 
 def _round(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
     """Codes as floats, `[rows, groups, size]`. The zero point is added after rounding: that is exact."""
+    if spec.stored == "float8":
+        largest = spec.half_range
+        return (grouped / scale.unsqueeze(2)).clamp_(-largest, largest).to(torch.float8_e4m3fn).to(grouped.dtype)
     codes = (grouped / scale.unsqueeze(2)).round_()
     if zero is not None:
         codes += zero.unsqueeze(2)

@@ -182,6 +182,8 @@ def count_parameters(model: Any) -> int:
         shape = getattr(module, "weight_shape", None)
         if shape is not None and getattr(module, "weight_packed", None) is not None:
             total += int(shape.prod())
+        if module._buffers.get("weight") is not None:  # our own layers with a code an element
+            total += module._buffers["weight"].numel()
         for name, parameter in module.named_parameters(recurse=False):
             if name not in PACKED_PARTS and id(parameter) not in seen:
                 seen.add(id(parameter))

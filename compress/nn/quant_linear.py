@@ -1,7 +1,7 @@
-"""A linear layer whose weight stays packed integers while it runs.
+"""A linear layer whose weight stays packed integers, or numbers of 8 bits, while it runs.
 
-Its buffers carry the names and layouts of compressed-tensors' `pack-quantized` format, so the state dict of a model
-with `QuantLinear` layers *is* the checkpoint.
+Its buffers carry the names and layouts of compressed-tensors' formats (`pack-quantized`, or `int-quantized` and
+`float-quantized`), so the state dict of a model with `QuantLinear` layers *is* the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.maths import grid, packing
-from compress.maths.grid import QuantSpec
+from compress.maths.grid import STORED_DTYPES, QuantSpec
 from compress.nn import kernels
 
 _CHUNK_VALUES = 1 << 18  # values unpacked at once: the temporaries stay in the cache, whatever the layer
@@ -22,9 +22,14 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
     """y = x W^T + b with W = (codes - zero) * scale, W of shape [out, in] in codes of `spec.bits` bits.
 
     Buffers, G groups per row: `weight_packed` int32 [out, ceil(in * bits / 32)], `weight_scale` [out, G],
-    `weight_zero_point` int32 [ceil(out * bits / 32), G] (asymmetric grids only), `weight_shape` int64 [2].
+    `weight_zero_point` int32 [ceil(out * bits / 32), G] (asymmetric grids only), `weight_shape` int64 [2]. Where codes
+    are stored one an element (`spec.stored`): `weight` int8 or float8_e4m3fn [out, in], `weight_scale` [out, 1]; the
+    attribute `weight` gives the dequantized weight all the same.
+    With `spec.activations`, x is rounded as well, token by token.
     `transposed` records that the layer replaces transformers' `Conv1D`, which keeps its weight as [in, out].
     `dtype` is the dtype of the layer replaced, which `weight` and the bias have.
+    `exact` (the default) is the arithmetic of plain transformers, to the last bit. Without it, kernels may be used that
+    sum in another order, as `compress.load` lets them.
     """
 
     weight_packed: Tensor
@@ -46,8 +51,10 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.spec, self.dtype, self.transposed = spec, dtype, transposed
+        self.exact = True
         for name, (kind, shape) in packed_tensors(in_features, out_features, spec).items():
-            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+            # Not by register_buffer, which would take the property `weight` for an attribute in the way.
+            self._buffers[name] = torch.empty(shape, dtype=kind, device=device)
         if spec.symmetric:
             self.register_buffer("weight_zero_point", None)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
@@ -92,7 +99,7 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         dtype: torch.dtype = torch.float32,
         transposed: bool = False,
     ) -> QuantLinear:
-        """Pack int8 codes [out, in] (signed range of `spec`) with scale [out, G] and int8 zero [out, G].
+        """Pack codes [out, in] (int8 in the range of `spec`, or float8) with scale [out, G] and int8 zero [out, G].
 
         The bias is kept by reference in `dtype`. `ValueError` where shapes and spec disagree.
         """
@@ -105,9 +112,12 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         if (zero is None) != spec.symmetric:
             raise ValueError("an asymmetric spec needs a zero, a symmetric one has none")
         layer = cls(in_features, out_features, spec, False, dtype, "meta", transposed)
-        layer.weight_packed = packing.pack(codes, spec.bits)
         layer.weight_scale = scale.detach().to(spec.torch_scale_dtype).contiguous()
-        layer.weight_shape = torch.tensor([out_features, in_features], device=codes.device)
+        if spec.stored == "packed":
+            layer.weight_packed = packing.pack(codes, spec.bits)
+            layer.weight_shape = torch.tensor([out_features, in_features], device=codes.device)
+        else:
+            layer._buffers["weight"] = codes.contiguous()
         if zero is not None:
             layer.weight_zero_point = packing.pack_rows(zero, spec.bits)
         if bias is not None:
@@ -115,9 +125,15 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         return layer
 
     def codes(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(codes int8 [out, in], scale [out, G], zero int8 [out, G] or None): what `from_codes` was given."""
-        codes = packing.unpack(self.weight_packed, self.spec.bits, self.in_features)
-        return codes, self.weight_scale, self.zero_point()
+        """(codes [out, in], scale [out, G], zero int8 [out, G] or None): what `from_codes` was given."""
+        return self.stored_codes(), self.weight_scale, self.zero_point()
+
+    def stored_codes(self, rows: slice = slice(None)) -> Tensor:
+        """Codes [rows, in]: int8, or float8_e4m3fn. The stored ones themselves where they are stored one an element."""
+        stored = self._buffers.get("weight")
+        if stored is not None:
+            return stored[rows]
+        return packing.unpack(self.weight_packed[rows], self.spec.bits, self.in_features)
 
     def zero_point(self) -> Tensor | None:
         """int8 [out, G], or None for a symmetric grid."""
@@ -136,14 +152,13 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         zero = self.zero_point()
 
         def part(rows: slice) -> Tensor:
-            codes = packing.unpack(self.weight_packed[rows], self.spec.bits, self.in_features)
             zero_rows = None if zero is None else zero[rows]
-            return grid.dequantize(codes, self.weight_scale[rows], zero_rows, self.spec, compute)
+            return grid.dequantize(self.stored_codes(rows), self.weight_scale[rows], zero_rows, self.spec, compute)
 
         step = max(1, _CHUNK_VALUES // max(1, self.in_features))
         if step >= self.out_features:
             return part(slice(None)).to(dtype)
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_packed.device)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_scale.device)
         for start in range(0, self.out_features, step):
             weight[start : start + step] = part(slice(start, start + step))
         return weight
@@ -173,8 +188,14 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         self._cache = None
+        device = self.weight_scale.device
+        codes = self._buffers.get("weight")
+        if codes is not None:  # Numbers of 8 bits are codes: moved like integers, never cast
+            self._buffers["weight"] = codes.view(torch.int8)
         super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_packed.device)).dtype
+        if codes is not None:
+            self._buffers["weight"] = self._buffers["weight"].view(codes.dtype)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
 
     def extra_repr(self) -> str:
@@ -186,6 +207,9 @@ def packed_tensors(
     in_features: int, out_features: int, spec: QuantSpec
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name -> (dtype, shape) of the tensors that hold a weight [out, in]; a packed layer's size follows from them."""
+    if spec.stored != "packed":
+        codes = (STORED_DTYPES[spec.stored], (out_features, in_features))
+        return {"weight": codes, "weight_scale": (spec.torch_scale_dtype, (out_features, 1))}
     groups = spec.groups(in_features)
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "weight_packed": (torch.int32, (out_features, -(-in_features * spec.bits // 32))),

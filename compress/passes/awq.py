@@ -138,10 +138,7 @@ class AWQ(RoundingPass):
         """The Hessians, and one batch of the layer's input in float32, and its absolute values; or, before that, what
         finding the folds takes."""
         copies = (8 * tokens_per_batch * layer.inputs for layer in layers)
-        values = sum(layer.inputs + layer.outputs for layer in layers)
-        largest = 2 * max((layer.inputs * layer.outputs for layer in layers), default=0)
-        itemsize = max((layer.dtype.itemsize for layer in layers), default=4)
-        finding = folding_bytes(values, tokens_per_batch, itemsize, largest)
+        finding = folding_bytes(layers, tokens_per_batch)
         return max(sum(hessian_sizes(layers)) + max(copies, default=0), finding)
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:

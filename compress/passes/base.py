@@ -104,7 +104,7 @@ class Pass(BaseModel):
         """The options as they stand in a recipe, defaults filled in."""
         return self.model_dump(mode="json")
 
-    def steps(self) -> list[Pass]:
+    def stands_for(self) -> list[Pass]:
         """What the entry of a recipe stands for: this pass, or those that a preset chooses."""
         return [self]
 
@@ -208,6 +208,10 @@ class BlockPass(Pass):
     @abstractmethod
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         """Changes one block in place; returns what is worth reporting (`{"layers": {name: {...}}}`)."""
+
+    def probe(self) -> Windows | None:
+        """Tokens for a pass that needs no text and yet has to see how layers are called; its error is not measured."""
+        return None
 
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         from compress.walk import walk

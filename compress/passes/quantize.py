@@ -47,7 +47,7 @@ class Quantize(Pass):
     def _size(cls, value: int) -> int:
         return RTN(group_size=value, targets=None).group_size
 
-    def steps(self) -> list[Pass]:
+    def stands_for(self) -> list[Pass]:
         """The passes that the preset stands for. At 8 bits there is nothing left to train for."""
         grid: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
         if self.preset == "fast":
@@ -64,11 +64,11 @@ class Quantize(Pass):
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
-        return any(step.needs_calibration for step in self.steps())
+        return any(step.needs_calibration for step in self.stands_for())
 
     @property
     def needs_training(self) -> bool:  # type: ignore[override]
-        return any(step.needs_training for step in self.steps())
+        return any(step.needs_training for step in self.stands_for())
 
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         """One pass after the other, from Python; the original is the model as it comes in, if no other is given."""
@@ -76,8 +76,8 @@ class Quantize(Pass):
             original = copy.deepcopy(model.model)
             context = replace(context, original=lambda: original)
         results = []
-        for step in self.steps():
+        for step in self.stands_for():
             results.append(step.run(model, context))
             model.states.add(step.leaves)
-        measured = {step.name: r.measurements for step, r in zip(self.steps(), results, strict=True)}
+        measured = {step.name: r.measurements for step, r in zip(self.stands_for(), results, strict=True)}
         return PassResult(model, results[0].blocks, results[0].coverage, measured)

@@ -22,7 +22,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compress.calibration import BlockCalibration, CalibrationStream, Call
+from compress.calibration import BlockCalibration, CalibrationStream
+from compress.capture import Call
 from compress.data import Windows, windows_from
 from compress.errors import CompressError, StartError
 from compress.folding import Fold, find_folds, restore

@@ -19,7 +19,7 @@ from compress.passes.rounding import RoundingPass
 
 if TYPE_CHECKING:
     from compress.calibration import BlockCalibration
-    from compress.model import Block
+    from compress.model import Block, Layer
 
 
 def round_to_nearest(weight: Tensor, spec: QuantSpec, search: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -44,6 +44,28 @@ def relative_weight_error(weight: Tensor, codes: Tensor, scale: Tensor, zero: Te
     return lost / size if size else 0.0
 
 
+def rounding_bytes(layers: Sequence[LayerShape]) -> int:
+    """Peak of rounding one layer: codes (1 byte a weight), and the weight in float32 while the error is measured:
+    dequantized, and as a copy where it is stored in 16 bits. Packing works on 2**20 codes at a time: three tables of 4
+    bytes each."""
+
+    def of(layer: LayerShape) -> int:
+        return (5 if layer.dtype.itemsize >= 4 else 9) * layer.outputs * layer.inputs
+
+    return max(map(of, layers), default=0) + 12 * CHUNK_ELEMENTS
+
+
+def rounded_layer(layer: Layer, spec: QuantSpec, search: bool = False) -> dict[str, Any]:
+    """Rounds a layer's weight to nearest and makes it a quantized layer; what to report of it."""
+    weight = layer.weight
+    codes, scale, zero = round_to_nearest(weight, spec, search)
+    entry: dict[str, Any] = {"bits": spec.bits, "loss": relative_weight_error(weight, codes, scale, zero, spec)}
+    layer.quantize(codes, scale, zero, spec)
+    if spec.activations:
+        entry["activations"] = spec.stored
+    return entry
+
+
 class RTN(RoundingPass):
     """Round weights to the nearest point of an integer grid, without data."""
 
@@ -56,20 +78,10 @@ class RTN(RoundingPass):
     )
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """Codes (1 byte a weight), and the weight in float32 while the error is measured: dequantized, and as a copy
-        where it is stored in 16 bits. Packing works on 2**20 codes at a time: three tables of 4 bytes each."""
-
-        def of(layer: LayerShape) -> int:
-            return (5 if layer.dtype.itemsize >= 4 else 9) * layer.outputs * layer.inputs
-
-        return max(map(of, layers), default=0) + 12 * CHUNK_ELEMENTS
+        return rounding_bytes(layers)
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
-        layers: dict[str, Any] = {}
-        for name, layer in block.layers(self.targets, self.skip).items():
-            spec = self.grid_of(layer)
-            weight = layer.weight
-            codes, scale, zero = round_to_nearest(weight, spec, self.search)
-            layers[name] = {"bits": spec.bits, "loss": relative_weight_error(weight, codes, scale, zero, spec)}
-            layer.quantize(codes, scale, zero, spec)
-        return {"layers": layers}
+        layers = block.layers(self.targets, self.skip)
+        return {
+            "layers": {name: rounded_layer(layer, self.grid_of(layer), self.search) for name, layer in layers.items()}
+        }

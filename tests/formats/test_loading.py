@@ -195,8 +195,8 @@ def test_other_quantizations_are_refused_by_name(folder: Path) -> None:
     _edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(StartError, match="quantized as gptq"):
         load(folder)
-    _edit(folder, quantization_config=stored | {"format": "int-quantized"})
-    with pytest.raises(StartError, match="int-quantized"):
+    _edit(folder, quantization_config=stored | {"format": "marlin-24"})
+    with pytest.raises(StartError, match="quantized as compressed-tensors, marlin-24"):
         load(folder)
     stored["config_groups"]["group_0"]["weights"]["actorder"] = "group"
     _edit(folder, quantization_config=stored)
