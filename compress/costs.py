@@ -74,7 +74,10 @@ def model(shape: ModelShape, holding: Holding, used_outside: bool) -> Parts:
 def one_pass(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text | None) -> Parts:
     """A pass over all blocks, `shape` being as it finds the model; `text` is None where it needs none."""
     blocks = shape.blocks(pass_)
-    parts = model(shape, holding, used_outside=text is not None)
+    ends = shape.ends(pass_).values()
+    parts = model(shape, holding, used_outside=text is not None or bool(ends))
+    if ends:
+        parts["packed embedding and head"] = sum(t.nbytes for end in ends for t in end.state_dict().values())
     if holding.mapped(shape):
         # What packed layers replace is part of a mapped file, which stays whole, so they add up.
         parts["packed layers"] = sum(block.packed_bytes for block in blocks)

@@ -18,9 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.allocator import return_freed_memory
 from compress.checkpoint import TensorSource, TensorSpec
+from compress.ends import put_packed
 from compress.errors import CompressError, StartError
 from compress.formats.base import Contents
 from compress.locating import context_length
+from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.base import selected
 
@@ -253,18 +255,35 @@ class ModelHandle:
     def read_outside(self) -> None:
         """Reads what belongs to no block into memory (for a skeleton whose blocks stay on disk)."""
         for name, old in self.outside().items():
-            tensor = self._original(name, old)
-            path, _, last = name.rpartition(".")
-            parent = self.model.get_submodule(path)
-            if last in parent._parameters:
-                parent._parameters[last] = nn.Parameter(tensor, requires_grad=False)
-            else:
-                parent._buffers[last] = tensor
+            self._place_outside(name, self._original(name, old))
         self.model.tie_weights()
         for module in self.model.modules():
             for last in module._non_persistent_buffers_set:
                 buffer = module._buffers[last]
                 module._buffers[last] = buffer.to(self.device) if buffer is not None else None
+
+    def _place_outside(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, last = name.rpartition(".")
+        parent = self.model.get_submodule(path)
+        if last in parent._parameters:
+            parent._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            parent._buffers[last] = tensor
+
+    def restore_outside(self, tensors: dict[str, torch.Tensor], quantized: QuantSpecs) -> None:
+        """Puts stored tensors that belong to no block in place, packed layers included; names are the model's."""
+        for name, spec in quantized.items():
+            old = self.model.get_submodule(name)
+            if not isinstance(old, QuantLinear):
+                put_packed(self.model, name, packed_like(old, spec))
+        for name, tensor in tensors.items():
+            self._place_outside(name, tensor)
+
+    def outside_quantized(self) -> QuantSpecs:
+        """The specs of packed layers that belong to no block, by their name in the model."""
+        prefixes = tuple(f"{block.name}." for block in self.block_list())
+        modules = self.model.named_modules()
+        return {n: m.spec for n, m in modules if isinstance(m, QuantLinear) and not n.startswith(prefixes)}
 
     def _checkpoint_name(self, name: str) -> str:
         """The name of a tensor in the files: a checkpoint of the bare model lacks the prefix, or has one too many."""
@@ -293,7 +312,7 @@ class ModelHandle:
         outside = self.outside()
         readers: dict[str, Callable[[], torch.Tensor]] = {name: partial(_same, t) for name, t in outside.items()}
         specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in outside.items()]
-        quantized: QuantSpecs = {}
+        quantized = self.outside_quantized()
         for block in self.block_list():
             state, in_block = self._stored_block(block)
             for name, (dtype, shape, read) in state.items():

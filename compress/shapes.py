@@ -15,11 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.checkpoint import TensorSpec, checkpoint_bytes
+from compress.ends import put_packed
 from compress.errors import CompressError
 from compress.formats.base import Contents
 from compress.loading import skeleton
 from compress.locating import context_length
 from compress.model import Block, Layer, ModelHandle
+from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.base import BlockPass, LayerShape, Pass
 from compress.walk import check_coverage
@@ -101,6 +103,10 @@ class ModelShape:
             self.handle.states.add(pass_.leaves)
             return 1.0
         coverage = check_coverage(pass_, self.handle, 0.0)
+        for name, packed in self.ends(pass_).items():
+            self.packed_bytes += _bytes(packed)
+            put_packed(self.handle.model, name, packed)
+        self.outside_bytes = sum(t.nbytes for t in self.handle.outside().values())
         for block in self.handle.block_list():
             for name, packed in _packed(pass_, block.layers(pass_.targets, pass_.skip)).items():
                 self.packed_bytes += _bytes(packed)
@@ -108,9 +114,20 @@ class ModelShape:
         self.handle.states.add(pass_.leaves)
         return coverage
 
+    def ends(self, pass_: BlockPass) -> dict[str, QuantLinear]:
+        """An empty packed layer for the embedding and the head, by their names, as far as the pass rounds them."""
+        try:
+            specs = pass_.end_specs(self.handle.model)
+            return {name: packed_like(self.handle.model.get_submodule(name), spec) for name, spec in specs.items()}
+        except CompressError as error:
+            raise type(error)(f"{pass_.name}: {error}.") from None
+
     def stage_bytes(self) -> int:
-        """Bytes of the files in which a pass keeps its finished blocks, one each."""
-        return sum(checkpoint_bytes(_specs(block.state())) for block in self.handle.block_list())
+        """Bytes of the files in which a pass keeps its finished blocks, one each, and the packed ends."""
+        packed = self.handle.outside_quantized()
+        outside = {n: t for n, t in self.handle.outside().items() if n.rpartition(".")[0] in packed}
+        ends = checkpoint_bytes(_specs(outside)) if outside else 0
+        return ends + sum(checkpoint_bytes(_specs(block.state())) for block in self.handle.block_list())
 
 
 def shape_of(layer: Layer) -> LayerShape:

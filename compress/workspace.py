@@ -96,6 +96,41 @@ class Stage:
         entries = read_json(self.folder / f"{block.name}.json")["quantized"]
         return {name: QuantSpec(**spec) for name, spec in entries.items()}
 
+    def keep_outside(
+        self, tensors: dict[str, torch.Tensor], quantized: QuantSpecs, record: dict[str, Any] | None = None
+    ) -> None:
+        """Writes what the pass made of tensors that belong to no block, by their names in the model. To be done before
+        the first block is kept: a continued run takes both."""
+        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        with SafetensorsWriter(self.folder / "outside.safetensors", specs) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+        entries = {name: asdict(spec) for name, spec in quantized.items()}
+        write_json(self.folder / "outside.json", {"record": record or {}, "quantized": entries})
+
+    def kept_outside(self) -> dict[str, Any] | None:
+        """The record given to `keep_outside`, or None if nothing was kept yet."""
+        path = self.folder / "outside.json"
+        if not path.exists():
+            return None
+        record: dict[str, Any] = read_json(path)["record"]
+        return record
+
+    def read_outside(self, device: torch.device) -> tuple[dict[str, torch.Tensor], QuantSpecs]:
+        """The tensors given to `keep_outside`, and the specs of the packed layers among them."""
+        source = TensorSource.of_file(self.folder / "outside.safetensors")
+        tensors = {name: source.read(name).to(device) for name in source.names()}
+        entries = read_json(self.folder / "outside.json")["quantized"]
+        return tensors, {name: QuantSpec(**spec) for name, spec in entries.items()}
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result kept under `name`; made and kept if it is not there yet."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            write_json(path, make())
+        result: dict[str, Any] = read_json(path)
+        return result
+
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -167,6 +167,10 @@ class BlockPass(Pass):
         """The grid a changed layer gets, or None where it stays dense. CompressError where the shape forbids it."""
         return None
 
+    def end_specs(self, model: PreTrainedModel) -> dict[str, QuantSpec]:
+        """The grids that the model's embedding and head get, by their names in it; StartError where that cannot be."""
+        return {}
+
     def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """Peak of what the pass holds for a block while the text runs through it, the activations not counted."""
         return 0
