@@ -58,7 +58,7 @@ def default_format(contents: Contents) -> str:
 
 
 def packed_export_note(contents: Contents) -> str | None:
-    """The sentence for the report where not all of the model folder is packed and `exports/packed` is needed, or None."""
+    """The sentence for the report where `exports/packed` is needed beside the model folder, or None."""
     from compress.formats.compressed_tensors import unpacked
 
     if not contents.quantization:
