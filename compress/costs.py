@@ -71,6 +71,14 @@ def model(shape: ModelShape, holding: Holding, used_outside: bool) -> Parts:
     return {"model": shape.dense_bytes - unused}
 
 
+def whole_pass(shape: ModelShape, holding: Holding, extra: int | None) -> Parts:
+    """A pass that is no `BlockPass`, `shape` being as it leaves the model; `extra` is what it says it takes besides."""
+    parts = model(shape, holding, used_outside=True)
+    if not holding.resident:
+        parts["block"] = shape.largest_block()
+    return parts | {"pass": extra or 0}
+
+
 def one_pass(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text | None) -> Parts:
     """A pass over all blocks, `shape` being as it finds the model; `text` is None where it needs none."""
     blocks = shape.blocks(pass_)
@@ -122,7 +130,7 @@ def exporting(shape: ModelShape, holding: Holding, weights_bytes: int) -> Parts:
 def measuring(shape: ModelShape, text: Text | None, weights_bytes: int | None) -> Parts:
     """The most that a process of the benchmark takes: quality (the original running beside where there is `text`) or
     speed (the original beside). `weights_bytes` is that of the written model, None where the original is measured."""
-    parts = {"the original": shape.dense_bytes}
+    parts = {"the original": shape.original_bytes}
     if weights_bytes is not None:
         parts["the compressed model"] = weights_bytes
     if text is None:

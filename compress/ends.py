@@ -95,10 +95,11 @@ def round_ends(model: ModelHandle, specs: dict[str, QuantSpec], stage: Stage | N
     """Rounds the ends that `specs` names, or takes them from the stage; what to report, empty if there are none."""
     if not specs:
         return {}
-    record = stage.kept_outside() if stage is not None else None
-    if stage is not None and record is not None:
-        model.restore_outside(*stage.read_outside(model.device))
-        return record
+    kept = stage.read_outside(model.device) if stage is not None else None
+    if stage is not None and kept is not None:
+        model.restore_outside(*kept)
+        found: dict[str, Any] = stage.kept_outside()
+        return found
     report: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, spec in specs.items():

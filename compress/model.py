@@ -255,29 +255,46 @@ class ModelHandle:
     def read_outside(self) -> None:
         """Reads what belongs to no block into memory (for a skeleton whose blocks stay on disk)."""
         for name, old in self.outside().items():
-            self._place_outside(name, self._original(name, old))
+            self._put(name, self._original(name, old))
         self.model.tie_weights()
         for module in self.model.modules():
             for last in module._non_persistent_buffers_set:
                 buffer = module._buffers[last]
                 module._buffers[last] = buffer.to(self.device) if buffer is not None else None
 
-    def _place_outside(self, name: str, tensor: torch.Tensor) -> None:
+    def restore_outside(self, tensors: dict[str, torch.Tensor], quantized: QuantSpecs) -> None:
+        """Puts tensors that belong to no block in place, as `Stage.read_outside` gives them. A tensor of its own for
+        what is tied unties the model."""
+        if set(tensors) & self._tied():
+            self.untie()
+        for name, spec in quantized.items():
+            old = self.model.get_submodule(name)
+            if not isinstance(old, QuantLinear):
+                put_packed(self.model, name, packed_like(old, spec))
+        for name, tensor in tensors.items():
+            self._put(name, tensor)
+        self.model.tie_weights(recompute_mapping=False)  # a head tied to a packed embedding has no tensor to tie
+
+    def untie(self) -> None:
+        """Gives each tied weight a tensor of its own, and has the config say so."""
+        for name in sorted(self._tied()):
+            path, _, last = name.rpartition(".")
+            self._put(name, self.model.get_submodule(path)._parameters[last].detach().clone())
+        for config in (self.config, self.config.get_text_config()):
+            config.tie_word_embeddings = False
+        self.model.all_tied_weights_keys = {}
+
+    def _tied(self) -> set[str]:
+        return set(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        """Makes `tensor` the parameter or buffer called `name`."""
         path, _, last = name.rpartition(".")
         parent = self.model.get_submodule(path)
         if last in parent._parameters:
             parent._parameters[last] = nn.Parameter(tensor, requires_grad=False)
         else:
             parent._buffers[last] = tensor
-
-    def restore_outside(self, tensors: dict[str, torch.Tensor], quantized: QuantSpecs) -> None:
-        """Puts stored tensors that belong to no block in place, packed layers included; names are the model's."""
-        for name, spec in quantized.items():
-            old = self.model.get_submodule(name)
-            if not isinstance(old, QuantLinear):
-                put_packed(self.model, name, packed_like(old, spec))
-        for name, tensor in tensors.items():
-            self._place_outside(name, tensor)
 
     def outside_quantized(self) -> QuantSpecs:
         """The specs of packed layers that belong to no block, by their name in the model."""
@@ -299,7 +316,7 @@ class ModelHandle:
 
     def outside(self) -> dict[str, torch.Tensor]:
         """The tensors that belong to no block, tied ones once, by their name in the model."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        tied = self._tied()
         prefixes = tuple(f"{block.name}." for block in self.block_list())
         return {
             name: tensor.detach()

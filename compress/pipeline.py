@@ -125,11 +125,12 @@ def _apply(
     """One pass, or what is left of it."""
     stage = work.stage(index, pass_.name)
     if stage.complete:
-        if stage.kept_outside() is not None:
-            model.restore_outside(*stage.read_outside(model.device))
         if model.resident:
             for block in model.blocks():
                 block.restore(*stage.read(block, model.device))
+        outside = stage.read_outside(model.device)
+        if outside is not None:
+            model.restore_outside(*outside)
         result = stage.result()
     else:
         forget_peak()

@@ -144,11 +144,13 @@ class _Walkthrough:
             if coverage < self.recipe.min_coverage:
                 note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
         else:
-            parts = costs.model(self.shape, self.holding, used_outside=True)
             self.shape.apply(pass_)
-            note = "what it takes beside the model is not known"
+            extra = pass_.extra_bytes(self.shape)
+            parts = costs.whole_pass(self.shape, self.holding, extra)
+            note = "what it takes beside the model is not known" if extra is None else ""
         # With the whole model in memory, a stage is kept until the next one is complete; else blocks are read from it.
-        self.stages = [*(self.stages[-1:] if self.holding.resident else self.stages), self.shape.stage_bytes()]
+        kept = self.shape.stage_bytes(pass_.changes_outside)
+        self.stages = [*(self.stages[-1:] if self.holding.resident else self.stages), kept]
         return self._step(pass_.name, parts, note=note)
 
     def _export(self) -> PlanStep:

@@ -56,7 +56,7 @@ class ModelShape:
         #: Attention heads whose scores [length, length] are held in full; 0 where the kernel never forms them.
         self.scored_heads = int(text.num_attention_heads) if model.config._attn_implementation == "eager" else 0
         self.experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 1)
-        self.dense_bytes = sum(spec.nbytes for spec in self.contents().tensors)
+        self.dense_bytes = self.original_bytes = sum(spec.nbytes for spec in self.contents().tensors)
         self.outside_bytes = sum(t.nbytes for t in self.handle.outside().values())
         self.largest_tensor = max(spec.nbytes for spec in self.contents().tensors)
         self.widest = max(self._widest(block) for block in self.handle.block_list())
@@ -100,6 +100,10 @@ class ModelShape:
         StartError where a group or pattern does not divide a layer, or no layer is selected.
         """
         if not isinstance(pass_, BlockPass):
+            pass_.reshape(self.handle)
+            outside = sum(t.nbytes for t in self.handle.outside().values())
+            self.dense_bytes += outside - self.outside_bytes
+            self.outside_bytes = outside
             self.handle.states.add(pass_.leaves)
             return 1.0
         coverage = check_coverage(pass_, self.handle, 0.0)
@@ -122,12 +126,18 @@ class ModelShape:
         except CompressError as error:
             raise type(error)(f"{pass_.name}: {error}.") from None
 
-    def stage_bytes(self) -> int:
-        """Bytes of the files in which a pass keeps its finished blocks, one each, and the packed ends."""
-        packed = self.handle.outside_quantized()
-        outside = {n: t for n, t in self.handle.outside().items() if n.rpartition(".")[0] in packed}
-        ends = checkpoint_bytes(_specs(outside)) if outside else 0
+    def stage_bytes(self, outside: bool = False) -> int:
+        """Bytes of the files in which a pass keeps its finished blocks, one each, and what it changed outside of them:
+        all that is there (`outside`), or what is packed."""
+        kept, packed = self.handle.outside(), self.handle.outside_quantized()
+        if not outside:
+            kept = {name: tensor for name, tensor in kept.items() if name.rpartition(".")[0] in packed}
+        ends = checkpoint_bytes(_specs(kept)) if kept else 0
         return ends + sum(checkpoint_bytes(_specs(block.state())) for block in self.handle.block_list())
+
+    def largest_block(self) -> int:
+        """Bytes of the tensors of the block that has most."""
+        return max(_bytes(block.module) for block in self.handle.block_list())
 
 
 def shape_of(layer: Layer) -> LayerShape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compress.calibration import BlockCalibration, CalibrationStream
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
 def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
     """Runs `pass_.compress_block` on every block in order; each sees the text as the blocks before it now make it.
 
-    A block that `context.stage` already holds is taken from there, so that a killed run continues where it was.
     Memory: one block, what the pass accumulates for it, the stream's hidden states, and one batch.
     """
     coverage = check_coverage(pass_, model, context.min_coverage)
@@ -25,8 +26,23 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
         if context.calibration is None:
             raise StartError(f"{pass_.name} needs calibration text.")
         stream = CalibrationStream(model, context.calibration, context.tokens_per_batch)
+    return PassResult(model, over_blocks(pass_.name, model, context, partial(_change, pass_, stream), stream), coverage)
+
+
+def over_blocks(
+    name: str,
+    model: ModelHandle,
+    context: Context,
+    change: Callable[[Block], dict[str, Any]],
+    stream: CalibrationStream | None = None,
+) -> list[dict[str, Any]]:
+    """Calls `change` on every block in order and returns what it returned; `name` is what the progress shows.
+
+    A block that `context.stage` already holds is taken from there, so that a killed run continues where it was.
+    `stream` is pushed through each block once that is changed.
+    """
     records: list[dict[str, Any]] = []
-    with context.progress.step(pass_.name, total=len(model.block_list())) as step:
+    with context.progress.step(name, total=len(model.block_list())) as step:
         for block in model.blocks():
             kept = context.stage.kept(block) if context.stage else None
             if kept is not None:
@@ -34,7 +50,7 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
                 block.restore(*context.stage.read(block, model.device))
                 record = kept
             else:
-                record = _change(pass_, block, stream)
+                record = change(block)
             if stream is not None:
                 stream.advance(block)
             block.seal()
@@ -42,10 +58,10 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
                 context.stage.keep(block, record)
             records.append(record)
             step.advance(block.name)
-    return PassResult(model, records, coverage)
+    return records
 
 
-def _change(pass_: BlockPass, block: Block, stream: CalibrationStream | None) -> dict[str, Any]:
+def _change(pass_: BlockPass, stream: CalibrationStream | None, block: Block) -> dict[str, Any]:
     calibration = BlockCalibration(block, stream) if stream is not None else None
     metrics = pass_.compress_block(block, calibration)
     error = calibration.error() if calibration is not None else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FOLDER = ".compress"
 _SAMPLED_BYTES = 1 << 20
+_OUTSIDE = "outside"
 
 
 def read_json(path: Path) -> Any:
@@ -45,7 +46,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Stage:
-    """The blocks that one pass has finished: a safetensors file and a record for each."""
+    """The blocks that one pass has finished: a safetensors file and a record for each; and likewise, where the pass
+    changes them, the tensors that belong to no block."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -74,13 +76,35 @@ class Stage:
 
     def keep(self, block: Block, record: dict[str, Any]) -> None:
         """Writes a finished block; from then on a continued run takes it from here."""
-        state = block.state()
-        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
-        with SafetensorsWriter(self.folder / f"{block.name}.safetensors", specs) as writer:
-            for name, tensor in state.items():
+        self._write(block.name, block.state(), record, block.quantized())
+
+    def keep_outside(
+        self, tensors: Mapping[str, torch.Tensor], quantized: QuantSpecs | None = None, record: Any = None
+    ) -> None:
+        """Writes what the pass made of the tensors outside the blocks: those that it changed, by their name in the
+        model, with the specs of packed layers among them. `read_outside` gives it back to a continued run."""
+        self._write(_OUTSIDE, tensors, record, quantized or {})
+
+    def kept_outside(self) -> Any:
+        """The record that `keep_outside` was given, or None."""
+        path = self.folder / f"{_OUTSIDE}.json"
+        return read_json(path)["record"] if path.exists() else None
+
+    def read_outside(self, device: torch.device) -> tuple[dict[str, torch.Tensor], QuantSpecs] | None:
+        """What `keep_outside` was given; None where this pass changes nothing there, or has not come so far."""
+        if not (self.folder / f"{_OUTSIDE}.json").exists():
+            return None
+        source = TensorSource.of_file(self.folder / f"{_OUTSIDE}.safetensors")
+        return {name: source.read(name).to(device) for name in source.names()}, self._specs(_OUTSIDE)
+
+    def _write(self, stem: str, tensors: Mapping[str, torch.Tensor], record: Any, quantized: QuantSpecs) -> None:
+        """The tensors first: they are there when the record is."""
+        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        with SafetensorsWriter(self.folder / f"{stem}.safetensors", specs) as writer:
+            for name, tensor in tensors.items():
                 writer.write(name, tensor)
-        quantized = {name: asdict(spec) for name, spec in block.quantized().items()}
-        write_json(self.folder / f"{block.name}.json", {"record": record, "quantized": quantized})
+        entries = {name: asdict(spec) for name, spec in quantized.items()}
+        write_json(self.folder / f"{stem}.json", {"record": record, "quantized": entries})
 
     def read(self, block: Block, device: torch.device) -> tuple[dict[str, torch.Tensor], QuantSpecs]:
         """A finished block's tensors by their name inside it, and the specs of its packed layers."""
@@ -93,35 +117,11 @@ class Stage:
         return TensorSource.of_file(self.folder / f"{block.name}.safetensors")
 
     def quantized(self, block: Block) -> QuantSpecs:
-        entries = read_json(self.folder / f"{block.name}.json")["quantized"]
+        return self._specs(block.name)
+
+    def _specs(self, stem: str) -> QuantSpecs:
+        entries = read_json(self.folder / f"{stem}.json")["quantized"]
         return {name: QuantSpec(**spec) for name, spec in entries.items()}
-
-    def keep_outside(
-        self, tensors: dict[str, torch.Tensor], quantized: QuantSpecs, record: dict[str, Any] | None = None
-    ) -> None:
-        """Writes what the pass made of tensors that belong to no block, by their names in the model. To be done before
-        the first block is kept: a continued run takes both."""
-        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        with SafetensorsWriter(self.folder / "outside.safetensors", specs) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
-        entries = {name: asdict(spec) for name, spec in quantized.items()}
-        write_json(self.folder / "outside.json", {"record": record or {}, "quantized": entries})
-
-    def kept_outside(self) -> dict[str, Any] | None:
-        """The record given to `keep_outside`, or None if nothing was kept yet."""
-        path = self.folder / "outside.json"
-        if not path.exists():
-            return None
-        record: dict[str, Any] = read_json(path)["record"]
-        return record
-
-    def read_outside(self, device: torch.device) -> tuple[dict[str, torch.Tensor], QuantSpecs]:
-        """The tensors given to `keep_outside`, and the specs of the packed layers among them."""
-        source = TensorSource.of_file(self.folder / "outside.safetensors")
-        tensors = {name: source.read(name).to(device) for name in source.names()}
-        entries = read_json(self.folder / "outside.json")["quantized"]
-        return tensors, {name: QuantSpec(**spec) for name, spec in entries.items()}
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result kept under `name`; made and kept if it is not there yet."""

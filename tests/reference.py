@@ -357,6 +357,34 @@ def top1_agreement(original: np.ndarray, compressed: np.ndarray) -> float:
     return same / len(original)
 
 
+# -------------------------------------------------------------------------------------------------- rotations
+
+
+def legendre(value: int, prime: int) -> int:
+    """1 for a square modulo the prime, -1 for any other number, 0 for a multiple of it (Euler's criterion)."""
+    power = pow(value % prime, (prime - 1) // 2, prime)
+    return -1 if power == prime - 1 else power
+
+
+def paley(prime: int) -> np.ndarray:
+    """The Hadamard matrix of Paley 1933: order q + 1 for q = 3 mod 4, 2 (q + 1) for q = 1 mod 4; entry by entry."""
+    size = prime + 1
+
+    def core(row: int, column: int) -> int:
+        if row == 0 or column == 0:
+            return 0 if row == column else 1 if row == 0 or prime % 4 == 1 else -1
+        return legendre(row - column, prime)
+
+    if prime % 4 == 3:
+        return np.array([[core(i, j) + (i == j) for j in range(size)] for i in range(size)], dtype=np.float64)
+    blocks = {1: [[1, 1], [1, -1]], -1: [[-1, -1], [-1, 1]], 0: [[1, -1], [-1, -1]]}
+    matrix = np.zeros((2 * size, 2 * size))
+    for i in range(size):
+        for j in range(size):
+            matrix[2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = blocks[core(i, j)]
+    return matrix
+
+
 # ---------------------------------------------------------------------------------------------------- samples
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from compress.data import Windows
     from compress.maths.grid import QuantSpec
     from compress.model import Block, ModelHandle
+    from compress.shapes import ModelShape
     from compress.workspace import Stage
 
 STATES = ("dense", "sparse", "quantized", "adapter")
@@ -84,6 +85,8 @@ class Pass(BaseModel):
     #: The state it adds to the model; "dense" adds none.
     leaves: ClassVar[str] = "dense"
     needs_calibration: ClassVar[bool] = False
+    #: Whether it changes tensors that belong to no block (embeddings, head), which its stage then keeps as well.
+    changes_outside: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, model: ModelHandle, context: Context) -> PassResult:
@@ -92,6 +95,14 @@ class Pass(BaseModel):
     def options(self) -> dict[str, Any]:
         """The options as they stand in a recipe, defaults filled in."""
         return self.model_dump(mode="json")
+
+    def reshape(self, model: ModelHandle) -> None:
+        """Does to the shapes of a model without weights what `run` does (for the plan). StartError where it cannot."""
+
+    def extra_bytes(self, shape: ModelShape) -> int | None:
+        """Peak of what `run` allocates beside the model and, if blocks stay on disk, the block at hand; None: not
+        known. A `BlockPass` states it by layer instead."""
+        return None
 
     def __call__(
         self,
