@@ -104,9 +104,9 @@ def _recording(stack: Stack, capture: _Capture) -> Iterator[None]:
             stack.modules[index] = block
 
 
-@torch.no_grad()
 def _run_recorded(model: ModelHandle, runner: nn.Module, batch: dict[str, torch.Tensor], capture: _Capture) -> Any:
-    """Runs `runner` (the model, or its part without a head) on one batch with recorders for blocks."""
+    """Runs `runner` (the model, or its part without a head) on one batch with recorders for blocks. Where the caller
+    lets gradients be recorded, they reach what the recorders substitute."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     if "use_cache" in inspect.signature(runner.forward).parameters:
         batch["use_cache"] = False
@@ -141,7 +141,7 @@ class CalibrationStream:
         if len(model.stacks) > 1:
             names = ", ".join(stack.name for stack in model.stacks)
             raise StartError(f"Calibrated passes take models with one stack of blocks; this one has {names}.")
-        self.model = model
+        self.model, self.windows, self.tokens_per_batch = model, windows, tokens_per_batch
         self._returns_tuple: bool | None = None
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[Call]] = []
@@ -149,11 +149,12 @@ class CalibrationStream:
         self.masks: list[torch.Tensor | None] = []
         first = model.load(model.block_list()[0])
         try:
-            for batch in _batches(windows, tokens_per_batch):
+            for batch in self.batches():
                 self._capture(batch)
         finally:
             model.release(first)
 
+    @torch.no_grad()
     def _capture(self, batch: dict[str, torch.Tensor]) -> None:
         capture = _Capture(self._returns_tuple)
         _run_recorded(self.model, self.model.model.base_model, batch, capture)
@@ -174,11 +175,32 @@ class CalibrationStream:
         for hidden, calls in zip(self.hidden, self.calls, strict=True):
             yield hidden.to(self.model.device), calls[block.index]
 
-    @torch.no_grad()
     def advance(self, block: Block) -> None:
         """Pushes every batch through the block as it is now."""
-        for index, (hidden, call) in enumerate(self.inputs(block)):
-            self.hidden[index] = _call(block, hidden, call).cpu()
+        self.push(block, self.hidden)
+
+    @torch.no_grad()
+    def push(self, block: Block, hidden: list[torch.Tensor]) -> None:
+        """Pushes hidden states [batch, length, hidden], one a batch of this text, through the block as it is now, and
+        puts what comes out in their place in the list."""
+        for index, state in enumerate(hidden):
+            hidden[index] = self.through(block, index, state.to(self.model.device)).cpu()
+
+    def through(self, block: Block, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the block makes of `hidden` [batch, length, hidden], called as it is for the batch at `index`."""
+        return _call(block, hidden, self.calls[index][block.index])
+
+    def outputs(self, hidden: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The model's logits (an encoder's last hidden state) [batch, length, width], batch by batch, where `hidden`
+        is what the last block gave."""
+        for state, batch in zip(hidden, self.batches(), strict=True):
+            capture = _Capture(self._returns_tuple, substitute=state.to(self.model.device))
+            out = _run_recorded(self.model, self.model.model, batch, capture)
+            yield out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """`input_ids`, and `attention_mask` where there is padding, batch by batch."""
+        return _batches(self.windows, self.tokens_per_batch)
 
 
 def _batches(windows: Windows, tokens_per_batch: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -190,6 +212,7 @@ def _batches(windows: Windows, tokens_per_batch: int) -> Iterator[dict[str, torc
         yield batch
 
 
+@torch.no_grad()
 def stream_outputs(model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048) -> torch.Tensor:
     """The model's logits (an encoder's last hidden state) [samples, length, width], with one block in memory.
 
@@ -198,12 +221,7 @@ def stream_outputs(model: ModelHandle, windows: Windows, tokens_per_batch: int =
     stream = CalibrationStream(model, windows, tokens_per_batch)
     for block in model.blocks():
         stream.advance(block)
-    outputs = []
-    for hidden, batch in zip(stream.hidden, _batches(windows, tokens_per_batch), strict=True):
-        capture = _Capture(stream._returns_tuple, substitute=hidden.to(model.device))
-        out = _run_recorded(model, model.model, batch, capture)
-        outputs.append((out.logits if hasattr(out, "logits") else out.last_hidden_state).float().cpu())
-    return torch.cat(outputs)
+    return torch.cat([out.float().cpu() for out in stream.outputs(stream.hidden)])
 
 
 class _Enough(Exception):

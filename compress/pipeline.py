@@ -136,7 +136,7 @@ def _apply(
         forget_peak()
         started = time.monotonic()
         context = Context(
-            calibration=ready.calibration if pass_.needs_calibration else None,
+            calibration=ready.calibration if pass_.takes_calibration else None,
             stage=stage,
             progress=progress,
             min_coverage=recipe.min_coverage,

@@ -81,7 +81,7 @@ def check_device(device: str) -> str:
 def _texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> dict[str, Windows]:
     """The windows of each text that this recipe makes use of."""
     wanted: list[Role] = []
-    if any(pass_.needs_calibration for pass_ in recipe.passes):
+    if any(pass_.takes_calibration for pass_ in recipe.passes):
         wanted.append("calibration")
     if recipe.benchmark is not False:
         wanted.append("evaluation")

@@ -118,13 +118,20 @@ class ModelShape:
         self.handle.states.add(pass_.leaves)
         return coverage
 
+    def planned(self, pass_: BlockPass) -> BlockPass:
+        """`pass_.planned` for this model; the error names the pass."""
+        try:
+            return pass_.planned(self.handle)
+        except CompressError as error:
+            raise type(error)(f"{pass_.name}: {error}") from None
+
     def ends(self, pass_: BlockPass) -> dict[str, QuantLinear]:
         """An empty packed layer for the embedding and the head, by their names, as far as the pass rounds them."""
         try:
             specs = pass_.end_specs(self.handle.model)
             return {name: packed_like(self.handle.model.get_submodule(name), spec) for name, spec in specs.items()}
         except CompressError as error:
-            raise type(error)(f"{pass_.name}: {error}.") from None
+            raise type(error)(f"{pass_.name}: {error}") from None
 
     def stage_bytes(self, outside: bool = False) -> int:
         """Bytes of the files in which a pass keeps its finished blocks, one each, and what it changed outside of them:

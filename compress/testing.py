@@ -153,7 +153,7 @@ def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrai
         stacks = tuple(stack.name + "." for stack in find_stacks(model))
         outside = {n: p.clone() for n, p in model.named_parameters() if not n.startswith(stacks)}
         before = outputs(model, tokens)
-        result = pass_(model, calibration=tokens if pass_.needs_calibration else None, min_coverage=0.0)
+        result = pass_(model, calibration=tokens if pass_.takes_calibration else None, min_coverage=0.0)
         after = outputs(model, tokens)
         assert result.model is model, f"{pass_.name} does not change the model in place"
         assert 0 < result.coverage <= 1, f"{pass_.name} covers {result.coverage}"

@@ -407,3 +407,15 @@ def random_inputs(tokens: int, columns: int, seed: int) -> np.ndarray:
 def random_hessian(columns: int, seed: int) -> np.ndarray:
     """The Hessian of four times as many random inputs as there are columns."""
     return hessian(random_inputs(4 * columns, columns, seed))
+
+
+def best_of_all(losses, limits):
+    """The least sum of losses over every allocation that keeps to all limits `(costs, most)`; None if none does."""
+    from itertools import product
+
+    sums = [
+        sum(row[c] for row, c in zip(losses, chosen, strict=True))
+        for chosen in product(range(len(losses[0])), repeat=len(losses))
+        if all(sum(row[c] for row, c in zip(costs, chosen, strict=True)) <= most for costs, most in limits)
+    ]
+    return min(sums, default=None)
