@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 from torch import Tensor
 
 from compress.checkpoint import TensorSpec, checkpoint_bytes
-from compress.errors import StartError
+from compress.errors import RecipeError, StartError
 from compress.maths.allocation import Limit, best, fill, uniform
 from compress.maths.grid import QuantSpec, dequantize, find_params, quantize
 from compress.nn.quant_linear import packed_tensors
@@ -30,8 +30,15 @@ if TYPE_CHECKING:
 
 #: Windows of the calibration text that sensitivity is measured on, and as many others that the outcome is checked on.
 WINDOWS = 8
+#: Tokens in one batch of what is measured, and of a large vocabulary so few that logits stay below so many values.
+TOKENS, LOGITS = 2048, 1 << 25
 #: Hidden states that are pushed through the later blocks side by side; more take another round through the model.
 VARIANTS_AT_ONCE = 32
+
+
+def batch_tokens(length: int, vocabulary: int) -> int:
+    """Tokens measured at once, at least one window."""
+    return max(length, min(TOKENS, LOGITS // max(1, vocabulary)))
 
 
 class BitBudget(BaseModel):
@@ -55,14 +62,21 @@ class BitBudget(BaseModel):
             raise ValueError("choices is empty: name some of 2, 3, 4, 8")
         return tuple(sorted(set(value)))
 
-    @model_validator(mode="after")
-    def _possible(self) -> BitBudget:
+    @field_validator("size")
+    @classmethod
+    def _parsed(cls, value: int | str | None) -> int | str | None:
         from compress.recipe_goals import parse_size
 
+        try:
+            parse_size(value or 0)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> BitBudget:
         if (self.average is None) == (self.size is None):
             raise ValueError("bits needs either average, as in {average: 3.5}, or size, as in {size: 40MB}")
-        if self.size is not None:
-            parse_size(self.size)
         low, high = self.choices[0], self.choices[-1]
         if self.average is not None and not low <= self.average <= high:
             raise ValueError(f"average is {self.average:g}, and choices go from {low} to {high}: nothing comes to that")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.budget import VARIANTS_AT_ONCE
+from compress.budget import VARIANTS_AT_ONCE, batch_tokens
 from compress.calibration import CalibrationStream
 from compress.data import Windows
 from compress.errors import StartError
@@ -40,6 +40,11 @@ def replaced(layer: Layer, weight: Tensor) -> Iterator[None]:
         module.weight = old
 
 
+def _stream(model: ModelHandle, windows: Windows) -> CalibrationStream:
+    vocabulary = model.config.get_text_config().vocab_size
+    return CalibrationStream(model, windows, batch_tokens(windows.length, vocabulary))
+
+
 @torch.no_grad()
 def kl_losses(
     model: ModelHandle, windows: Windows, layers: Selected, choices: Sequence[int], rounded: Rounded, step: Step
@@ -49,7 +54,7 @@ def kl_losses(
     A variant differs from the model from its own block on, so it is pushed through that block and those that follow.
     Its hidden states are what it takes: `VARIANTS_AT_ONCE` times the text's.
     """
-    stream = CalibrationStream(model, windows, windows.length)
+    stream = _stream(model, windows)
     blocks = model.block_list()
     losses: Losses = {}
     for index, block in enumerate(blocks):
@@ -93,7 +98,7 @@ def candidate_losses(
     model: ModelHandle, windows: Windows, layers: Selected, candidates: Sequence[Mapping[str, int]], rounded: Rounded
 ) -> list[float]:
     """KL divergence of the model with *all* layers rounded, once for each candidate (`block.layer` -> bits)."""
-    stream = CalibrationStream(model, windows, windows.length)
+    stream = _stream(model, windows)
     streams = [list(stream.hidden) for _ in candidates]
     for block in model.blocks():
         stream.advance(block)
@@ -154,7 +159,7 @@ def fisher_losses(
     """
     if model.model.get_output_embeddings() is None:
         raise StartError("sensitivity is fisher, which needs a model that predicts tokens: use sensitivity: kl")
-    stream = CalibrationStream(model, windows, windows.length)
+    stream = CalibrationStream(model, windows, windows.length)  # a window a batch: each has a gradient of its own
     before: list[list[Tensor]] = []
     for block in model.blocks():
         before.append(list(stream.hidden))
@@ -198,6 +203,7 @@ def _backward(
 ) -> Tensor:  # fmt: skip
     """The gradient one block further down, and the squares of the weights' gradients added to `fisher`."""
     weights = [layer.module.weight for layer in layers.values()]
+    asked = [weight.requires_grad for weight in weights]
     device = stream.model.device
     with torch.enable_grad():
         given = hidden.to(device).detach().requires_grad_()
@@ -205,8 +211,8 @@ def _backward(
             weight.requires_grad_()
         out = stream.through(block, index, given)
         found = torch.autograd.grad(out, [given, *weights], slope.to(device), allow_unused=True)
-        for weight in weights:
-            weight.requires_grad_(False)
+    for weight, before in zip(weights, asked, strict=True):
+        weight.requires_grad_(before)
     for name, layer, gradient in zip(layers, layers.values(), found[1:], strict=True):
         if gradient is not None:  # an expert that no token of the window reached has none
             fisher[name].add_((gradient.t() if layer.transposed else gradient).float().square())

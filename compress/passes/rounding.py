@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator
 
-from compress.budget import VARIANTS_AT_ONCE, WINDOWS, BitBudget, choose_bits, costs_of, limits_of
+from compress.budget import VARIANTS_AT_ONCE, WINDOWS, BitBudget, batch_tokens, choose_bits, costs_of, limits_of
 from compress.errors import StartError
 from compress.maths.grid import QuantSpec, spec_for
 from compress.passes.base import BlockPass, Context, LayerShape, PassResult
@@ -38,8 +38,9 @@ class RoundingPass(BlockPass):
 
     bits: Bits = Field(
         default=4,
-        description="Bits of each weight. Or a budget, {average: 3.5} or {size: 40MB}, with choices: [2, 3, 4, 8]: "
-        "how many bits each layer gets is then found by measuring, so that the whole loses least.",
+        description="Bits of each weight. Or a budget, with choices: [2, 3, 4, 8]: {average: 3.5} is bits of the codes "
+        "over the weights that are rounded, {size: 40MB} all safetensors files that compress.load runs from. How many "
+        "bits each layer gets is then found by measuring, so that the whole loses least.",
     )
     group_size: int = Field(
         default=128,
@@ -185,14 +186,15 @@ class RoundingPass(BlockPass):
         in_block = max(sum(layer.outputs * layer.inputs for layer in block) for block in layers)
         variants = min(VARIANTS_AT_ONCE, max(map(len, layers)) * len(self.bits.choices))
         copies, differentiated = variants + 3, 0
-        running = length * (shape.widest * size + length * size)
+        tokens = batch_tokens(length, shape.vocabulary)
+        running = tokens * (shape.widest * size + length * size)
         if self.sensitivity == "fisher":
             copies, differentiated = len(layers) + 3, (4 + size) * in_block
             running *= 4  # what is kept for the way back
         hidden = copies * WINDOWS * length * shape.hidden * size
         # rounded: in float32, as codes, dequantized, and packed in the model's dtype; all of a block for the check
         rounding = max(13 * max(weights), differentiated + 12 * max(weights), (4 + size) * in_block)
-        softmax = length * shape.vocabulary * 3 * size + 32 * shape.vocabulary * 8 * 4
+        softmax = tokens * shape.vocabulary * 3 * size + 32 * shape.vocabulary * 8 * 4
         return hidden + max(rounding + running, softmax)
 
     def _allocate(self, budget: BitBudget, model: ModelHandle, context: Context) -> dict[str, Any]:
