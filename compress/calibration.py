@@ -46,7 +46,7 @@ class CalibrationStream:
         if len(model.stacks) > 1:
             names = ", ".join(stack.name for stack in model.stacks)
             raise StartError(f"Calibrated passes take models with one stack of blocks; this one has {names}.")
-        self.model = model
+        self.model, self.windows, self.tokens_per_batch = model, windows, tokens_per_batch
         self._returns_tuple: bool | None = None
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[Call]] = []
@@ -54,13 +54,14 @@ class CalibrationStream:
         self.masks: list[torch.Tensor | None] = []
         first = model.load(model.block_list()[0])
         try:
-            for batch in _batches(windows, tokens_per_batch):
+            for batch in self.batches():
                 self._capture(batch)
         finally:
             model.release(first)
         #: The hidden states of the second path, None if there is none. Before the first block: the same tensors.
         self.original: list[torch.Tensor] | None = list(self.hidden) if original else None
 
+    @torch.no_grad()
     def _capture(self, batch: dict[str, torch.Tensor]) -> None:
         capture = Capture(self._returns_tuple)
         run_recorded(self.model, self.model.model.base_model, batch, capture)
@@ -98,6 +99,29 @@ class CalibrationStream:
             out = _call(module or block.module, hidden.to(self.model.device), self.calls[index][block.index])
             self.original[index] = out.cpu()
 
+    @torch.no_grad()
+    def push(self, block: Block, hidden: list[torch.Tensor]) -> None:
+        """Pushes hidden states [batch, length, hidden], one a batch of this text, through the block as it is now, and
+        puts what comes out in their place in the list."""
+        for index, state in enumerate(hidden):
+            hidden[index] = self.through(block, index, state.to(self.model.device)).cpu()
+
+    def through(self, block: Block, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the block makes of `hidden` [batch, length, hidden], called as it is for the batch at `index`."""
+        return _call(block.module, hidden, self.calls[index][block.index])
+
+    def outputs(self, hidden: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The model's logits (an encoder's last hidden state) [batch, length, width], batch by batch, where `hidden`
+        is what the last block gave."""
+        for state, batch in zip(hidden, self.batches(), strict=True):
+            capture = Capture(self._returns_tuple, substitute=state.to(self.model.device))
+            out = run_recorded(self.model, self.model.model, batch, capture)
+            yield out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """`input_ids`, and `attention_mask` where there is padding, batch by batch."""
+        return _batches(self.windows, self.tokens_per_batch)
+
 
 def _batches(windows: Windows, tokens_per_batch: int) -> Iterator[dict[str, torch.Tensor]]:
     size = max(1, tokens_per_batch // windows.tokens.shape[1])
@@ -108,6 +132,7 @@ def _batches(windows: Windows, tokens_per_batch: int) -> Iterator[dict[str, torc
         yield batch
 
 
+@torch.no_grad()
 def stream_outputs(model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048) -> torch.Tensor:
     """The model's logits (an encoder's last hidden state) [samples, length, width], with one block in memory.
 
@@ -116,12 +141,7 @@ def stream_outputs(model: ModelHandle, windows: Windows, tokens_per_batch: int =
     stream = CalibrationStream(model, windows, tokens_per_batch)
     for block in model.blocks():
         stream.advance(block)
-    outputs = []
-    for hidden, batch in zip(stream.hidden, _batches(windows, tokens_per_batch), strict=True):
-        capture = Capture(stream._returns_tuple, substitute=hidden.to(model.device))
-        out = run_recorded(model, model.model, batch, capture)
-        outputs.append((out.logits if hasattr(out, "logits") else out.last_hidden_state).float().cpu())
-    return torch.cat(outputs)
+    return torch.cat([out.float().cpu() for out in stream.outputs(stream.hidden)])
 
 
 class _Enough(Exception):

@@ -99,9 +99,9 @@ def _recording(stack: Stack, capture: Capture) -> Iterator[None]:
             stack.modules[index] = block
 
 
-@torch.no_grad()
 def run_recorded(model: ModelHandle, runner: nn.Module, batch: dict[str, torch.Tensor], capture: Capture) -> Any:
-    """Runs `runner` (the model, or its part without a head) on one batch with recorders for blocks."""
+    """Runs `runner` (the model, or its part without a head) on one batch with recorders for blocks. Where the caller
+    lets gradients be recorded, they reach what the recorders substitute."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     if "use_cache" in inspect.signature(runner.forward).parameters:
         batch["use_cache"] = False

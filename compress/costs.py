@@ -80,9 +80,31 @@ def whole_pass(shape: ModelShape, holding: Holding, extra: int | None) -> Parts:
 
 
 def one_pass(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text | None) -> Parts:
-    """A pass over all blocks, `shape` being as it finds the model; `text` is None where it needs none."""
+    """A pass over all blocks, `shape` being as it finds the model; `text` is None where it needs none. The worse of
+    what it does before the walk, and the walk."""
+    if text is None:
+        return _walking(pass_, shape, holding, None)
+    walking = _walking(pass_, shape, holding, text if pass_.needs_calibration else None)
     blocks = shape.blocks(pass_)
-    parts = model(shape, holding, used_outside=text is not None)
+    first = pass_.preparing_bytes(shape, [block.layers for block in blocks], text.length)
+    if not first:
+        return walking
+    preparing = model(shape, holding, used_outside=True) | _ends(pass_, shape) | {"measuring layers": first}
+    if not holding.resident:
+        preparing["block"] = max(block.dense_bytes for block in blocks)
+    return max(walking, preparing, key=total)
+
+
+def _ends(pass_: BlockPass, shape: ModelShape) -> Parts:
+    ends = shape.ends(pass_).values()
+    size = sum(tensor.nbytes for end in ends for tensor in end.state_dict().values())
+    return {"packed embedding and head": size} if ends else {}
+
+
+def _walking(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text | None) -> Parts:
+    blocks = shape.blocks(pass_)
+    ends = _ends(pass_, shape)
+    parts = model(shape, holding, used_outside=text is not None or bool(ends)) | ends
     if holding.mapped(shape):
         # What packed layers replace is part of a mapped file, which stays whole, so they add up.
         parts["packed layers"] = sum(block.packed_bytes for block in blocks)

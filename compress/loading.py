@@ -21,11 +21,13 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from transformers.initialization import no_init_weights
 
 from compress.checkpoint import TensorSource
+from compress.ends import put_packed
 from compress.errors import CompressError, StartError, nearest
 from compress.formats import packed
 from compress.formats.compressed_tensors import read_specs
 from compress.formats.folder import HISTORY
 from compress.maths.grid import SCALE_DTYPES, QuantSpec
+from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
 
 
@@ -72,8 +74,9 @@ def find_model(folder: Path) -> Path:
         raise StartError(f"{folder} has no config.json (nor has its subfolder model), so it is not a model folder.")
     beside = folder.absolute().parent / "exports" / "packed"
     if folder.absolute().name == "model" and packed.is_packed(beside):
-        same = [_read_json(place / HISTORY).get("history") for place in (folder, beside)]
-        if same[0] == same[1] and "quantization_config" not in _read_json(folder / "config.json"):
+        here, there = _read_json(folder / HISTORY), _read_json(beside / HISTORY)
+        unpacked = here.get("unpacked") or "quantization_config" not in _read_json(folder / "config.json")
+        if unpacked and here.get("history") == there.get("history"):
             return beside
     return folder
 
@@ -138,7 +141,7 @@ def _place(model: PreTrainedModel, source: TensorSource, specs: dict[str, QuantS
             raise CompressError(
                 f"{source.folder}: {type(model).__name__} has no layer {name}, which is said to be packed."
             ) from None
-        model.set_submodule(name, QuantLinear.like(old, _with_scale_dtype(spec, source, name)))
+        put_packed(model, name, packed_like(old, _with_scale_dtype(spec, source, name)))
     tied = set(model.all_tied_weights_keys)
     wanted = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
     missing = sorted(set(wanted) - set(source.names()))
@@ -165,7 +168,7 @@ def _place(model: PreTrainedModel, source: TensorSource, specs: dict[str, QuantS
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.exact = False
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)  # a head tied to a packed embedding has no tensor to tie
 
 
 def _load_dense(

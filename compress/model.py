@@ -18,9 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.allocator import return_freed_memory
 from compress.checkpoint import TensorSource, TensorSpec
+from compress.ends import put_packed
 from compress.errors import CompressError, StartError
 from compress.formats.base import Contents
 from compress.locating import context_length
+from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.base import selected
 
@@ -271,10 +273,12 @@ class ModelHandle:
         if set(tensors) & self._tied():
             self.untie()
         for name, spec in quantized.items():
-            self.model.set_submodule(name, QuantLinear.like(self.model.get_submodule(name), spec))
+            old = self.model.get_submodule(name)
+            if not isinstance(old, QuantLinear):
+                put_packed(self.model, name, packed_like(old, spec))
         for name, tensor in tensors.items():
             self._put(name, tensor)
-        self.model.tie_weights()
+        self.model.tie_weights(recompute_mapping=False)  # a head tied to a packed embedding has no tensor to tie
 
     def untie(self) -> None:
         """Gives each tied weight a tensor of its own, and has the config say so."""
@@ -296,6 +300,12 @@ class ModelHandle:
             parent._parameters[last] = nn.Parameter(tensor, requires_grad=False)
         else:
             parent._buffers[last] = tensor
+
+    def outside_quantized(self) -> QuantSpecs:
+        """The specs of packed layers that belong to no block, by their name in the model."""
+        prefixes = tuple(f"{block.name}." for block in self.block_list())
+        modules = self.model.named_modules()
+        return {n: m.spec for n, m in modules if isinstance(m, QuantLinear) and not n.startswith(prefixes)}
 
     def _checkpoint_name(self, name: str) -> str:
         """The name of a tensor in the files: a checkpoint of the bare model lacks the prefix, or has one too many."""
@@ -324,7 +334,7 @@ class ModelHandle:
         outside = self.outside()
         readers: dict[str, Callable[[], torch.Tensor]] = {name: partial(_same, t) for name, t in outside.items()}
         specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in outside.items()]
-        quantized: QuantSpecs = {}
+        quantized = self.outside_quantized()
         for block in self.block_list():
             state, in_block = self._stored_block(block)
             for name, (dtype, shape, read) in state.items():

@@ -137,7 +137,7 @@ def _apply(
         forget_peak()
         started = time.monotonic()
         context = Context(
-            calibration=ready.calibration if pass_.needs_calibration else None,
+            calibration=ready.calibration if pass_.takes_calibration else None,
             training=ready.training if pass_.needs_training else None,
             original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
             seed=recipe.seed,

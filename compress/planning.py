@@ -137,10 +137,13 @@ class _Walkthrough:
 
     def _pass(self, pass_: Pass) -> PlanStep:
         if isinstance(pass_, BlockPass):
-            text = _text(self.recipe.data.calibration, self.shape) if pass_.needs_calibration else None
-            parts = costs.one_pass(pass_, self.shape, self.holding, text)
-            coverage = self.shape.apply(pass_)
+            text = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
+            planned = self.shape.planned(pass_)
+            parts = costs.one_pass(planned, self.shape, self.holding, text)
+            coverage = self.shape.apply(planned)
             note = f"changes {coverage:.0%} of the blocks' weights"
+            if planned is not pass_:
+                note += "; the size is an upper bound: how many bits each layer gets is measured"
             if coverage < self.recipe.min_coverage:
                 note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
         else:

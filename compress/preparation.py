@@ -92,7 +92,7 @@ def _texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: Pr
     wanted: list[Role] = []
     trains = any(pass_.needs_training for pass_ in recipe.passes)
     instead = trains and recipe.data.training is None
-    if instead or any(pass_.needs_calibration for pass_ in recipe.passes):
+    if instead or any(pass_.takes_calibration for pass_ in recipe.passes):
         wanted.append("calibration")
     if trains:
         wanted.append("training")

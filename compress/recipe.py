@@ -320,7 +320,7 @@ def _benchmark(
 def _requirements(check: Checker, passes: Sequence[Pass], data: Data, benchmark: Benchmark | Literal[False]) -> None:
     """Text and items that something in the recipe asks for by name must be there."""
     for index, step in enumerate(passes):
-        if step.needs_calibration and data.calibration is None:
+        if step.takes_calibration and data.calibration is None:
             sentence = f"{step.name} needs text: give data.calibration a .txt or .jsonl file."
             check.problem(("passes", index, step.name), sentence)
         if step.needs_training and data.training is None and data.calibration is None:

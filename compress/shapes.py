@@ -15,11 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.checkpoint import TensorSpec, checkpoint_bytes
+from compress.ends import put_packed
 from compress.errors import CompressError
 from compress.formats.base import Contents
 from compress.loading import skeleton
 from compress.locating import context_length
 from compress.model import Block, Layer, ModelHandle
+from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.base import BlockPass, LayerShape, Pass
 from compress.walk import check_coverage
@@ -105,6 +107,10 @@ class ModelShape:
             self.handle.states.add(pass_.leaves)
             return 1.0
         coverage = check_coverage(pass_, self.handle, 0.0)
+        for name, packed in self.ends(pass_).items():
+            self.packed_bytes += _bytes(packed)
+            put_packed(self.handle.model, name, packed)
+        self.outside_bytes = sum(t.nbytes for t in self.handle.outside().values())
         for block in self.handle.block_list():
             for name, packed in _packed(pass_, block.layers(pass_.targets, pass_.skip)).items():
                 self.packed_bytes += _bytes(packed)
@@ -112,10 +118,29 @@ class ModelShape:
         self.handle.states.add(pass_.leaves)
         return coverage
 
+    def planned(self, pass_: BlockPass) -> BlockPass:
+        """`pass_.planned` for this model; the error names the pass."""
+        try:
+            return pass_.planned(self.handle)
+        except CompressError as error:
+            raise type(error)(f"{pass_.name}: {error}") from None
+
+    def ends(self, pass_: BlockPass) -> dict[str, QuantLinear]:
+        """An empty packed layer for the embedding and the head, by their names, as far as the pass rounds them."""
+        try:
+            specs = pass_.end_specs(self.handle.model)
+            return {name: packed_like(self.handle.model.get_submodule(name), spec) for name, spec in specs.items()}
+        except CompressError as error:
+            raise type(error)(f"{pass_.name}: {error}") from None
+
     def stage_bytes(self, outside: bool = False) -> int:
-        """Bytes of the files in which a pass keeps its finished blocks, one each, and what is `outside` of them."""
-        kept = checkpoint_bytes(_specs(self.handle.outside())) if outside else 0
-        return kept + sum(checkpoint_bytes(_specs(block.state())) for block in self.handle.block_list())
+        """Bytes of the files in which a pass keeps its finished blocks, one each, and what it changed outside of them:
+        all that is there (`outside`), or what is packed."""
+        kept, packed = self.handle.outside(), self.handle.outside_quantized()
+        if not outside:
+            kept = {name: tensor for name, tensor in kept.items() if name.rpartition(".")[0] in packed}
+        ends = checkpoint_bytes(_specs(kept)) if kept else 0
+        return ends + sum(checkpoint_bytes(_specs(block.state())) for block in self.handle.block_list())
 
     def largest_block(self) -> int:
         """Bytes of the tensors of the block that has most."""

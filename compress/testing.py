@@ -160,7 +160,7 @@ def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrai
         before = outputs(model, tokens)
         result = pass_(
             model,
-            calibration=tokens if pass_.needs_calibration else None,
+            calibration=tokens if pass_.takes_calibration else None,
             training=tokens if pass_.needs_training else None,
             original=make(family) if pass_.needs_teacher else None,
             min_coverage=0.0,

@@ -85,6 +85,11 @@ class Stage:
         model, with the specs of packed layers among them. `read_outside` gives it back to a continued run."""
         self._write(_OUTSIDE, tensors, record, quantized or {})
 
+    def kept_outside(self) -> Any:
+        """The record that `keep_outside` was given, or None."""
+        path = self.folder / f"{_OUTSIDE}.json"
+        return read_json(path)["record"] if path.exists() else None
+
     def read_outside(self, device: torch.device) -> tuple[dict[str, torch.Tensor], QuantSpecs] | None:
         """What `keep_outside` was given; None where this pass changes nothing there, or has not come so far."""
         if not (self.folder / f"{_OUTSIDE}.json").exists():
@@ -117,6 +122,14 @@ class Stage:
     def _specs(self, stem: str) -> QuantSpecs:
         entries = read_json(self.folder / f"{stem}.json")["quantized"]
         return {name: QuantSpec(**spec) for name, spec in entries.items()}
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result kept under `name`; made and kept if it is not there yet."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            write_json(path, make())
+        result: dict[str, Any] = read_json(path)
+        return result
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -13,6 +13,7 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import torch
 
 # --------------------------------------------------------------------------------------------- rounding grids
 
@@ -520,3 +521,35 @@ def mean_kl_divergence(student, teacher, counted=None):
         total += sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True))
         rows += 1
     return total / rows
+
+
+def best_of_all(losses, limits):
+    """The least sum of losses over every allocation that keeps to all limits `(costs, most)`; None if none does."""
+    from itertools import product
+
+    sums = [
+        sum(row[c] for row, c in zip(losses, chosen, strict=True))
+        for chosen in product(range(len(losses[0])), repeat=len(losses))
+        if all(sum(row[c] for row, c in zip(costs, chosen, strict=True)) <= most for costs, most in limits)
+    ]
+    return min(sums, default=None)
+
+
+def token_divergence(p, q, mask=None):
+    """Mean over tokens of sum_v P(v) log(P(v) / Q(v)), in float64, for logits `[samples, length, vocabulary]`."""
+    first, second = (logits.double().softmax(-1) for logits in (p, q))
+    each = (first * (first / second).log()).sum(-1)
+    return float((each if mask is None else each[mask]).mean())
+
+
+def fisher_diagonal(model, weight, tokens):
+    """The diagonal of the empirical Fisher information of a token: mean over windows of (d log p(window) / d w)**2,
+    divided by the tokens that a window predicts."""
+    weight.requires_grad_()
+    total = torch.zeros_like(weight, dtype=torch.float64)
+    for window in tokens:
+        logits = model(input_ids=window[None]).logits[0, :-1]
+        likelihood = logits.log_softmax(-1)[torch.arange(len(window) - 1), window[1:]].sum()
+        total += torch.autograd.grad(likelihood, weight)[0].double() ** 2
+    weight.requires_grad_(False)
+    return total / len(tokens) / (tokens.shape[1] - 1)

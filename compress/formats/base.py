@@ -101,17 +101,23 @@ class Format(ABC):
 
 
 def layer_kinds(model: nn.Module) -> dict[str, str]:
-    """The kind of each layer that could be quantized, "Linear" or "Conv1D" (GPT-2's), by its name in the model.
+    """The kind of each layer that could be quantized, "Linear", "Conv1D" (GPT-2's) or "Embedding", by its name in the
+    model.
 
     Packed layers count as what they replaced. The model may be on the meta device.
     """
     from transformers.pytorch_utils import Conv1D
 
+    from compress.nn.quant_embedding import QuantEmbedding, TiedHead
     from compress.nn.quant_linear import QuantLinear
 
     kinds = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantEmbedding | nn.Embedding):
+            kinds[name] = "Embedding"
+        elif isinstance(module, TiedHead):
+            kinds[name] = "Linear"
+        elif isinstance(module, QuantLinear):
             kinds[name] = "Conv1D" if module.transposed else "Linear"
         elif isinstance(module, nn.Linear | Conv1D):
             kinds[name] = "Conv1D" if isinstance(module, Conv1D) else "Linear"

@@ -4,13 +4,18 @@
 transformers has two ways to open it. Without more it loads codes and scales into its own modules, one scheme per layer,
 and expands the model at the first forward. That way cannot load packed zero points: transformers 5.23 expects them
 unpacked and stops at a size mismatch. With `"dequantize": true` in the config it expands each layer while loading, and
-that works for asymmetric grids, but with one scheme for the whole model. So the flag is written for asymmetric grids
-only, and asymmetric grids of several kinds in one model are refused.
+that works for asymmetric grids, but with one scheme for the whole model. So the flag is written for asymmetric grids,
+and asymmetric grids of several kinds in one model are refused.
+
+Packed embeddings load by that second way alone (by the first, transformers 5.23 initialises a weight that is not there
+and stops). It multiplies in the scales' dtype, which for a symmetric grid is what we compute only if the model's is the
+same. So an embedding is packed where the whole model has one grid that can be read so; else its rounded rows are
+written unpacked, and `unpacked` in compress.json names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,9 +23,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from compress.checkpoint import write_checkpoint
+from compress.checkpoint import TensorSpec, write_checkpoint
 from compress.errors import StartError
 from compress.formats.base import Contents, Format, of_kind
+from compress.formats.dense import expanded
 from compress.formats.folder import write_ordinary_files
 from compress.maths.grid import QuantSpec
 
@@ -45,6 +51,8 @@ class CompressedTensors(Format):
                 f"compressed-tensors packs Linear layers only, and {conv1d[0]} is a Conv1D: others get the rounded "
                 "weights unpacked, and the packed ones run with compress.load."
             )
+        left = unpacked(dtype, kinds, specs)
+        specs = {name: spec for name, spec in specs.items() if name not in left}
         schemes = {_scheme(spec) for spec in specs.values()}
         if len(schemes) > 1 and not all(spec.symmetric for spec in specs.values()):
             return (
@@ -59,16 +67,34 @@ class CompressedTensors(Format):
                 )
         return None
 
+    def stored(self, contents: Contents) -> Sequence[TensorSpec]:
+        return expanded(contents, _left(contents))[0]
+
     def write(self, folder: Path, contents: Contents) -> None:
-        write_checkpoint(folder, contents.tensors, contents.read)
-        write_ordinary_files(folder, contents, self.name, quantization_config(contents.quantization, contents.kinds))
+        left = _left(contents)
+        write_checkpoint(folder, *expanded(contents, left))
+        packed = {name: spec for name, spec in contents.quantization.items() if name not in left}
+        config = quantization_config(packed, contents.kinds)
+        write_ordinary_files(folder, contents, self.name, config, {"unpacked": left} if left else None)
+
+
+def unpacked(dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> list[str]:
+    """The quantized embeddings that transformers could not read packed beside the other layers."""
+    readable = len({_scheme(spec) for spec in specs.values()}) == 1 and all(
+        not spec.symmetric or spec.torch_scale_dtype == dtype for spec in specs.values()
+    )
+    return [] if readable else of_kind("Embedding", kinds, specs)
+
+
+def _left(contents: Contents) -> list[str]:
+    return unpacked(contents.dtype, contents.kinds, contents.quantization)
 
 
 def quantization_config(specs: Mapping[str, QuantSpec], kinds: Mapping[str, str]) -> dict[str, Any]:
     """The `quantization_config` entry of config.json, made and validated by compressed-tensors' own classes.
 
-    One grid: all Linears are the target, and those that are not quantized are ignored by name. Several: each group
-    names its layers.
+    One grid: all Linears are the target, with the embeddings that are quantized, and Linears that are not are ignored
+    by name. Several: each group names its layers.
     """
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -76,7 +102,7 @@ def quantization_config(specs: Mapping[str, QuantSpec], kinds: Mapping[str, str]
     for name, spec in specs.items():
         groups.setdefault(_scheme(spec), []).append(name)
     schemes = {
-        f"group_{index}": scheme.entry(["Linear"] if len(groups) == 1 else names)
+        f"group_{index}": scheme.entry(["Linear", *of_kind("Embedding", kinds, names)] if len(groups) == 1 else names)
         for index, (scheme, names) in enumerate(groups.items())
     }
     formats = {FORMATS[scheme.stored] for scheme in groups}
@@ -85,7 +111,7 @@ def quantization_config(specs: Mapping[str, QuantSpec], kinds: Mapping[str, str]
     config: dict[str, Any] = QuantizationConfig(
         config_groups=schemes, format=form, quantization_status="compressed", ignore=ignored
     ).model_dump(mode="json")
-    if not all(spec.symmetric for spec in specs.values()):
+    if not all(spec.symmetric for spec in specs.values()) or of_kind("Embedding", kinds, specs):
         config["dequantize"] = True
     return config
 
@@ -116,7 +142,7 @@ def read_specs(stored: Any, model: nn.Module) -> dict[str, QuantSpec]:
     for scheme in config.config_groups.values():
         spec = _spec(scheme, scheme.format or form)
         for name, module in match_named_modules(model, scheme.targets, config.ignore):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | nn.Embedding):
                 specs.setdefault(name, spec)
     return specs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ from compress.checkpoint import TensorSpec, write_checkpoint
 from compress.formats.base import Contents, Format
 from compress.formats.folder import write_ordinary_files
 from compress.maths.grid import QuantSpec
-from compress.nn.quant_linear import QuantLinear, packed_tensors
+from compress.nn.quant_embedding import packed_like
+from compress.nn.quant_linear import packed_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,24 +37,25 @@ class Dense(Format):
         )
 
     def stored(self, contents: Contents) -> Sequence[TensorSpec]:
-        return _published(contents.skeleton, *_expanded(contents))[0]
+        return _published(contents.skeleton, *expanded(contents))[0]
 
     def write(self, folder: Path, contents: Contents) -> None:
-        write_checkpoint(folder, *_published(contents.skeleton, *_expanded(contents)))
+        write_checkpoint(folder, *_published(contents.skeleton, *expanded(contents)))
         write_ordinary_files(folder, contents, self.name)
 
 
 Tensors = tuple[list[TensorSpec], Callable[[str], Tensor]]
 
 
-def _expanded(contents: Contents) -> Tensors:
-    """The tensors as they are without packing, and how to read them."""
+def expanded(contents: Contents, names: Collection[str] | None = None) -> Tensors:
+    """The tensors as they are without packing (of the layers `names`; None: of any), and how to read them."""
     model = contents.skeleton
+    names = contents.quantization if names is None else names
     tensors: list[TensorSpec] = []
     layers: dict[str, str] = {}
     for spec in contents.tensors:
         layer, _, last = spec.name.rpartition(".")
-        if layer not in contents.quantization or last == "bias":
+        if layer not in names or last == "bias":
             tensors.append(spec)
         elif last in ("weight_packed", "weight"):
             layers[f"{layer}.weight"] = layer
@@ -65,7 +67,7 @@ def _expanded(contents: Contents) -> Tensors:
             return contents.read(name)
         layer = layers[name]
         spec = contents.quantization[layer]
-        packed = QuantLinear.like(model.get_submodule(layer), spec)
+        packed = packed_like(model.get_submodule(layer), spec)
         for part in packed_tensors(packed.in_features, packed.out_features, spec):
             packed._buffers[part] = contents.read(f"{layer}.{part}")
         weight = packed.dequantize(contents.dtype)

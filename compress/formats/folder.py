@@ -58,9 +58,19 @@ def default_format(contents: Contents) -> str:
 
 
 def packed_export_note(contents: Contents) -> str | None:
-    """The sentence for the report where the model folder is not packed and `exports/packed` is needed, or None."""
-    if not contents.quantization or default_format(contents) != "dense":
+    """The sentence for the report where `exports/packed` is needed beside the model folder, or None."""
+    from compress.formats.compressed_tensors import unpacked
+
+    if not contents.quantization:
         return None
+    if default_format(contents) != "dense":
+        left = unpacked(contents.dtype, contents.kinds, contents.quantization)
+        if not left:
+            return None
+        return (
+            f"transformers cannot read {left[0]} packed beside these grids: model/ has it rounded, but unpacked; "
+            "exports/packed has it packed, and compress.load runs from that."
+        )
     return (
         "The quantized layers are Conv1D, which no common format holds packed: model/ has the rounded weights "
         "unpacked, exports/packed has them packed, and compress.load runs from those."

@@ -68,6 +68,16 @@ def unpack_rows(packed: Tensor, bits: int, rows: int) -> Tensor:
     return unpack(packed.t().contiguous(), bits, rows).t().contiguous()
 
 
+def unpack_some_rows(packed: Tensor, bits: int, rows: Tensor) -> Tensor:
+    """int32 `[words, columns]` as of `pack_rows`, and int64 `[n]` -> int8 `[n, columns]`: those rows and no others."""
+    word = rows * bits // 32
+    shift = (rows * bits % 32).unsqueeze(1)
+    low = packed[word].to(torch.int64) & 0xFFFFFFFF
+    high = packed[(word + 1).clamp(max=len(packed) - 1)].to(torch.int64)  # a row may run over into the next word
+    values = (low | high << 32) >> shift & ((1 << bits) - 1)
+    return (values - (1 << (bits - 1))).to(torch.int8)
+
+
 def _pack_words(codes: Tensor, bits: int) -> Tensor:
     """int8 `[rows, blocks, 32]` -> int32 `[rows, blocks, bits]`. Shifts that push bits out of a word are meant to."""
     if _whole_in_bytes(bits):

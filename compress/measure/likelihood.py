@@ -110,6 +110,9 @@ def forward(model: torch.nn.Module, ids: Tensor, attention: Tensor | None = None
 def vocabulary_of(model: torch.nn.Module) -> int:
     """Rows of the output embedding."""
     head = model.get_output_embeddings()
+    rows = getattr(head, "out_features", None)  # asked first: a packed head would be unpacked for its weight
+    if rows is not None:
+        return int(rows)
     if head is not None and getattr(head, "weight", None) is not None:
         return int(head.weight.shape[0])
     return int(model.config.get_text_config().vocab_size)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -96,6 +96,11 @@ class Pass(BaseModel):
     #: Whether it changes tensors that belong to no block (embeddings, head), which its stage then keeps as well.
     changes_outside: ClassVar[bool] = False
 
+    @property
+    def takes_calibration(self) -> bool:
+        """Whether it needs text with these options."""
+        return self.needs_calibration
+
     @abstractmethod
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         """Changes `model` in place."""
@@ -151,7 +156,7 @@ class Pass(BaseModel):
             )
 
         context = Context(
-            calibration=cut(calibration, "calibration") if self.needs_calibration else None,
+            calibration=cut(calibration, "calibration") if self.takes_calibration else None,
             training=cut(training, "training") if self.needs_training else None,
             original=_opener(original, handle) if original is not None else None,
             seed=seed,
@@ -221,6 +226,19 @@ class BlockPass(Pass):
     def spec_of(self, layer: LayerShape) -> QuantSpec | None:
         """The grid a changed layer gets, or None where it stays dense. CompressError where the shape forbids it."""
         return None
+
+    def planned(self, model: ModelHandle) -> Self:
+        """The pass as the plan plays it through on a model without weights, where its options alone do not say."""
+        return self
+
+    def preparing_bytes(self, shape: ModelShape, layers: Sequence[Sequence[LayerShape]], length: int) -> int:
+        """Peak of what the pass holds beside the model before it walks; `layers` are those of each block, `length` the
+        tokens of a window of text."""
+        return 0
+
+    def end_specs(self, model: PreTrainedModel) -> dict[str, QuantSpec]:
+        """The grids that the model's embedding and head get, by their names in it; StartError where that cannot be."""
+        return {}
 
     def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """Peak of what the pass holds for a block while the text runs through it, the activations not counted."""

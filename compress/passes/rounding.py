@@ -1,19 +1,33 @@
-"""What all passes that round weights to an integer grid have in common: the grid."""
+"""What all passes that round weights to an integer grid have in common: the grid, and the ends of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator
 
+from compress.budget import VARIANTS_AT_ONCE, WINDOWS, BitBudget, batch_tokens, choose_bits, costs_of, limits_of
+from compress.errors import StartError
 from compress.maths.grid import QuantSpec, spec_for
-from compress.passes.base import BlockPass, LayerShape
+from compress.passes.base import BlockPass, Context, LayerShape, PassResult
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
-    from compress.model import Layer
+    from compress.model import Layer, ModelHandle
+    from compress.shapes import ModelShape
+
+
+def _form(value: Any) -> str:
+    return "budget" if isinstance(value, Mapping | BitBudget) else "number"
+
+
+#: The tags only tell pydantic which of the two to complain about.
+Bits = Annotated[
+    Annotated[Literal[2, 3, 4, 8], Tag("number")] | Annotated[BitBudget, Tag("budget")], Discriminator(_form)
+]
 
 
 def hessian_sizes(layers: Sequence[LayerShape]) -> list[int]:
@@ -29,7 +43,12 @@ class RoundingPass(BlockPass):
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     leaves: ClassVar[str] = "quantized"
 
-    bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits of each weight.")
+    bits: Bits = Field(
+        default=4,
+        description="Bits of each weight. Or a budget, with choices: [2, 3, 4, 8]: {average: 3.5} is bits of the codes "
+        "over the weights that are rounded, {size: 40MB} all safetensors files that compress.load runs from. How many "
+        "bits each layer gets is then found by measuring, so that the whole loses least.",
+    )
     group_size: int = Field(
         default=128,
         description="Neighbouring columns that share a scale; must divide the layer's columns. -1: per channel.",
@@ -38,6 +57,27 @@ class RoundingPass(BlockPass):
         default=True, description="Grid around zero (scale only); false adds a zero point to each group."
     )
 
+    embeddings: Literal[8, 4] | None = Field(
+        default=None,
+        description="Bits of the input embedding; null leaves it as it is. It is rounded to nearest before the blocks, "
+        "with ranges searched, in groups of group_size where that divides the hidden size, else per channel. "
+        "A head that is tied to it is the same tensor.",
+    )
+    head: Literal[8, 4] | None = Field(
+        default=None,
+        description="Bits of the head (the last projection, to the vocabulary), rounded as `embeddings` is. In a model "
+        "that ties the two it stands for both, and cannot differ from `embeddings`.",
+    )
+
+    sensitivity: Literal["kl", "fisher"] = Field(
+        default="kl",
+        description="How a budget's loss is measured. kl: each layer is rounded alone and the model's output compared; "
+        "fisher: squared gradients of the text's likelihood, which takes one run forth and back.",
+    )
+
+    #: `block.layer` -> bits, in the copy of a pass with a budget that does the work.
+    _allocation: dict[str, int] | None = PrivateAttr(default=None)
+
     @field_validator("group_size")
     @classmethod
     def _size(cls, value: int) -> int:
@@ -45,15 +85,132 @@ class RoundingPass(BlockPass):
             return value
         raise ValueError(f"group_size is {value}: use a size of at least 1, or -1 for one scale per channel")
 
+    @property
+    def takes_calibration(self) -> bool:
+        """Of a pass without data, what a budget is measured on."""
+        return self.needs_calibration or isinstance(self.bits, BitBudget)
+
     def spec_of(self, layer: LayerShape) -> QuantSpec:
         """The layer's grid. StartError if the group size does not divide its columns."""
-        spec = self._grid(layer.dtype)
+        spec = self.grid(layer.dtype, self._bits_of(f"{layer.block}.{layer.name}"))
         spec.columns_per_group(layer.inputs)
         return spec
 
     def grid_of(self, layer: Layer) -> QuantSpec:
         """The grid to round this layer to, in `compress_block`."""
-        return self._grid(layer.dtype)
+        assert layer.block is not None
+        return self.grid(layer.dtype, self._bits_of(f"{layer.block.name}.{layer.name}"))
 
-    def _grid(self, dtype: torch.dtype) -> QuantSpec:
-        return spec_for(dtype, self.bits, self.group_size, self.symmetric)
+    def grid(self, dtype: torch.dtype, bits: int) -> QuantSpec:
+        """The grid of so many bits for layers of this dtype."""
+        return spec_for(dtype, bits, self.group_size, self.symmetric)
+
+    def _bits_of(self, layer: str) -> int:
+        if not isinstance(self.bits, BitBudget):
+            return self.bits
+        assert self._allocation is not None, "a budget is allocated before a layer's grid is asked for"
+        return self._allocation[layer]
+
+    def allocated(self, bits: dict[str, int]) -> Self:
+        """The same pass, with so many bits for each layer (`block.layer`)."""
+        copy = self.model_copy()
+        copy._allocation = bits
+        return copy
+
+    def planned(self, model: ModelHandle) -> Self:
+        """With a budget: as many bits for each layer as shapes tell; what is measured takes no more bytes than that.
+
+        StartError where the budget is too small, or `model/` could not hold layers of different bits.
+        """
+        if not isinstance(self.bits, BitBudget):
+            return self
+        from compress.formats.base import layer_kinds, of_kind
+        from compress.formats.compressed_tensors import CompressedTensors
+
+        for block in model.block_list():  # a group that does not divide is refused before anything is counted
+            for layer in block.layers(self.targets, self.skip).values():
+                self.grid(layer.dtype, self.bits.choices[0]).columns_per_group(layer.weight.shape[1])
+        costs = costs_of(self, self.bits, model)
+        kinds = layer_kinds(model.model)
+        mixed = {
+            name: grids[0 if i else -1] for i, (name, grids) in enumerate(zip(costs.names, costs.grids, strict=True))
+        }
+        reason = CompressedTensors().refuses(model.dtype, kinds, mixed)
+        if reason and not of_kind("Conv1D", kinds, mixed):
+            raise StartError(reason)
+        _, filled = limits_of(self.bits, costs)
+        return self.allocated({name: self.bits.choices[c] for name, c in zip(costs.names, filled, strict=True)})
+
+    def end_specs(self, model: PreTrainedModel) -> dict[str, QuantSpec]:
+        """The grids of embedding and head by their names, as far as they are to be rounded; tied: the embedding's.
+
+        StartError where the model has no such head, or two widths are asked for of one tensor.
+        """
+        from compress.ends import find_ends
+
+        if self.embeddings is None and self.head is None:
+            return {}
+        ends = find_ends(model)
+        if self.head is not None and ends.head is None:
+            raise StartError(f"head is {self.head}, and this model has no head: leave the option out")
+        asked = {ends.embedding: self.embeddings}
+        if ends.tied and self.head is not None:
+            if self.embeddings not in (None, self.head):
+                raise StartError(
+                    f"embeddings is {self.embeddings} and head is {self.head}, but in this model {ends.head} is tied "
+                    f"to {ends.embedding}, one tensor: give both the same bits, or one of the two"
+                )
+            asked = {ends.embedding: self.head}
+        elif ends.head is not None:
+            asked[ends.head] = self.head
+        return {name: self._end(model, name, bits) for name, bits in asked.items() if bits is not None}
+
+    def _end(self, model: PreTrainedModel, name: str, bits: int) -> QuantSpec:
+        weight = model.get_submodule(name).get_parameter("weight")
+        divides = self.group_size != -1 and weight.shape[1] % self.group_size == 0
+        return spec_for(weight.dtype, bits, self.group_size if divides else -1, self.symmetric)
+
+    def run(self, model: ModelHandle, context: Context) -> PassResult:
+        from compress.ends import round_ends
+        from compress.walk import check_coverage, walk
+
+        check_coverage(self, model, context.min_coverage)
+        measurements = round_ends(model, self.end_specs(model.model), context.stage)
+        worker = self
+        if isinstance(self.bits, BitBudget):
+            measurements["allocation"] = self._allocate(self.bits, model, context)
+            worker = self.allocated(measurements["allocation"]["bits"])
+        result = walk(worker, model, context)
+        return PassResult(model, result.blocks, result.coverage, {**result.measurements, **measurements})
+
+    def preparing_bytes(self, shape: ModelShape, layers: Sequence[Sequence[LayerShape]], length: int) -> int:
+        """With a budget, while sensitivity is measured: hidden states of the text, as many times as there are variants
+        side by side (fisher: blocks), one rounded weight, for fisher gradients and their squares, and logits."""
+        if not isinstance(self.bits, BitBudget):
+            return 0
+        size: int = shape.dtype.itemsize
+        weights = [layer.outputs * layer.inputs for block in layers for layer in block]
+        in_block = max(sum(layer.outputs * layer.inputs for layer in block) for block in layers)
+        variants = min(VARIANTS_AT_ONCE, max(map(len, layers)) * len(self.bits.choices))
+        copies, differentiated = variants + 3, 0
+        tokens = batch_tokens(length, shape.vocabulary)
+        running = tokens * (shape.widest * size + length * size)
+        if self.sensitivity == "fisher":
+            copies, differentiated = len(layers) + 3, (4 + size) * in_block
+            running *= 4  # what is kept for the way back
+        hidden = copies * WINDOWS * length * shape.hidden * size
+        # rounded: in float32, as codes, dequantized, and packed in the model's dtype; all of a block for the check
+        rounding = max(13 * max(weights), differentiated + 12 * max(weights), (4 + size) * in_block)
+        softmax = tokens * shape.vocabulary * 3 * size + 32 * shape.vocabulary * 8 * 4
+        return hidden + max(rounding + running, softmax)
+
+    def _allocate(self, budget: BitBudget, model: ModelHandle, context: Context) -> dict[str, Any]:
+        """Measured once: a continued run takes what the stage has, whatever was rounded since."""
+        if context.calibration is None:
+            raise StartError(f"{self.name} needs calibration text to share out its bits.")
+
+        def measure() -> dict[str, Any]:
+            self.planned(model)  # for what it refuses, where no plan was made
+            return choose_bits(self, budget, model, context)
+
+        return measure() if context.stage is None else context.stage.once("allocation", measure)

@@ -53,7 +53,7 @@ def quantize_model(
     kinds = layer_kinds(model)
     for name, kind in kinds.items():
         chosen = spec if isinstance(spec, QuantSpec) else spec(name)
-        if chosen is None or skip in name:
+        if chosen is None or skip in name or kind == "Embedding":
             continue
         old = model.get_submodule(name)
         weight = old.get_parameter("weight").detach()
