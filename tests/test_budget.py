@@ -161,7 +161,7 @@ def test_an_allocation_that_is_worse_on_other_text_gives_way_to_the_same_bits_fo
 
 
 def test_a_layer_that_no_token_reached_gets_no_fewer_bits_than_in_a_uniform_model() -> None:
-    losses = [[0.0, 0.0, 0.0], [5.0, 1.0, 0.1], [4.0, 1.0, 0.1]]
+    losses = [[0.0, 0.0, 0.0], [5.0, 1.0, 0.1], [4.0, 1.2, 0.1]]
     limits = [Limit([[2, 3, 4]] * 3, 9)]
     assert best(losses, limits) == [0, 1, 2]
     assert best(budgets.guarded(losses, 1), limits) == [1, 1, 1]
