@@ -197,6 +197,13 @@ def nearest(weight: Tensor, spec: QuantSpec) -> Tensor:
     return dequantize(quantize(weight, scale, zero, spec), scale, zero, spec, torch.float32).to(weight.dtype)
 
 
+def guarded(losses: list[list[float]], same: int) -> list[list[float]]:
+    """The same losses, but where a layer has none at all (no token reached it), choices below `same` cost more than
+    everything else together: of such a layer nothing is known, and it gets no fewer bits than in a uniform model."""
+    dear = 1e-9 + sum(max(row) for row in losses)
+    return [row if any(row) else [dear] * same + [0.0] * (len(row) - same) for row in losses]
+
+
 def choose_bits(pass_: RoundingPass, budget: BitBudget, model: ModelHandle, context: Context) -> dict[str, Any]:
     """Measures, solves, checks: `bits` (`block.layer` -> bits) and the account of how they came about, for JSON."""
     from compress.sensitivity import candidate_losses, fisher_losses, kl_losses
@@ -216,10 +223,10 @@ def choose_bits(pass_: RoundingPass, budget: BitBudget, model: ModelHandle, cont
     measure = kl_losses if pass_.sensitivity == "kl" else fisher_losses
     with context.progress.step(f"{pass_.name}: sensitivity", total=len(model.block_list())) as step:
         losses = measure(model, measured_on, layers, budget.choices, rounded, step)
-    table = [losses[name] for name in costs.names]
-    chosen = fitted(table, costs, limits, filled)
     same = uniform(limits)
     assert same is not None
+    table = guarded([losses[name] for name in costs.names], same)
+    chosen = fitted(table, costs, limits, filled)
     candidates = [chosen, [same] * len(chosen)]
     named = [dict(zip(costs.names, (budget.choices[c] for c in each), strict=True)) for each in candidates]
     predicted = [sum(row[c] for row, c in zip(table, each, strict=True)) for each in candidates]

@@ -20,6 +20,7 @@ from compress.checkpoint import checkpoint_bytes
 from compress.data import windows_from
 from compress.errors import CompressError, RecipeError, StartError
 from compress.formats.folder import write_model_folder
+from compress.maths.allocation import Limit, best
 from compress.model import Block, Layer, ModelHandle
 from compress.opening import open_model, read_config
 from compress.passes.base import Context
@@ -157,6 +158,14 @@ def test_an_allocation_that_is_worse_on_other_text_gives_way_to_the_same_bits_fo
     assert set(account["bits"].values()) == {3}
     assert account["fallback"].startswith("3 bits everywhere")
     assert account["measured_loss"] == 0.2
+
+
+def test_a_layer_that_no_token_reached_gets_no_fewer_bits_than_in_a_uniform_model() -> None:
+    losses = [[0.0, 0.0, 0.0], [5.0, 1.0, 0.1], [4.0, 1.2, 0.1]]
+    limits = [Limit([[2, 3, 4]] * 3, 9)]
+    assert best(losses, limits) == [0, 1, 2]
+    assert best(budgets.guarded(losses, 1), limits) == [1, 1, 1]
+    assert budgets.guarded(losses, 1)[1:] == losses[1:]
 
 
 def test_layers_left_out_are_not_counted() -> None:
