@@ -26,16 +26,22 @@ from compress.formats import packed
 from compress.formats.compressed_tensors import read_specs
 from compress.formats.folder import HISTORY
 from compress.maths.grid import SCALE_DTYPES, QuantSpec
+from compress.nn.quant_cache import CacheSpec, use_packed_cache
 from compress.nn.quant_linear import QuantLinear
 
 
 def load(
-    folder: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    packed_cache: bool = True,
 ) -> PreTrainedModel:
     """The model in `folder` (what a run left, `DIR` or `DIR/model`, or any Hugging Face folder), ready to run.
 
     Packed weights stay packed while it runs. `dtype` (default: the one stored) is that of everything that is not
     packed, and of the arithmetic. Where a run could only store its model unpacked, its `exports/packed` is read.
+    Where the model's history has a `kv_cache`, its cache is packed while it writes, unless `packed_cache` is false.
     `StartError` for a folder that is no model; `CompressError`, with the names, where the tensors do not fit.
     """
     folder = find_model(Path(folder))
@@ -57,9 +63,17 @@ def load(
         model.config.quantization_config = quantized
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    history: Any = _read_json(folder / HISTORY).get("history", [])
-    model.compress_history = history
+    model.compress_history = _read_json(folder / HISTORY).get("history", [])
+    if packed_cache:
+        use_packed_cache(model, recorded_cache(folder))
     return model.requires_grad_(False).eval()
+
+
+def recorded_cache(folder: Path) -> CacheSpec | None:
+    """How the cache of the model in `folder` is to be packed, by its history; None where it is not."""
+    history = _read_json(folder / HISTORY).get("history", [])
+    options = [entry["options"] for entry in history if entry.get("pass") == "kv_cache"]
+    return CacheSpec(**options[-1]) if options else None
 
 
 def find_model(folder: Path) -> Path:

@@ -146,6 +146,8 @@ class _Walkthrough:
         else:
             parts = costs.model(self.shape, self.holding, used_outside=True)
             self.shape.apply(pass_)
+            if not pass_.changes_weights:
+                return self._step(pass_.name, parts, note="changes no weight")
             note = "what it takes beside the model is not known"
         # With the whole model in memory, a stage is kept until the next one is complete; else blocks are read from it.
         self.stages = [*(self.stages[-1:] if self.holding.resident else self.stages), self.shape.stage_bytes()]

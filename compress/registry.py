@@ -83,6 +83,8 @@ PASSES = Registry(
     "pass",
     {
         "gptq": "compress.passes.gptq:GPTQ",
+        "hqq": "compress.passes.hqq:HQQ",
+        "kv_cache": "compress.passes.kv_cache:KVCache",
         "magnitude": "compress.passes.magnitude:Magnitude",
         "rtn": "compress.passes.rtn:RTN",
         "wanda": "compress.passes.wanda:Wanda",

@@ -21,7 +21,7 @@ from compress.loading import skeleton
 from compress.locating import context_length
 from compress.model import Block, Layer, ModelHandle
 from compress.nn.quant_linear import QuantLinear
-from compress.passes.base import BlockPass, LayerShape, Pass
+from compress.passes.base import BlockPass, LayerShape, Pass, refuse_model
 from compress.walk import check_coverage
 
 
@@ -95,11 +95,13 @@ class ModelShape:
     def apply(self, pass_: Pass) -> float:
         """Plays a pass through; returns the share of the blocks' matrix weights that it changes.
 
-        StartError where a group or pattern does not divide a layer, or no layer is selected.
+        StartError where a group or pattern does not divide a layer, no layer is selected, or the pass refuses the
+        model.
         """
+        refuse_model(pass_, self.handle.model)
         if not isinstance(pass_, BlockPass):
             self.handle.states.add(pass_.leaves)
-            return 1.0
+            return 1.0 if pass_.changes_weights else 0.0
         coverage = check_coverage(pass_, self.handle, 0.0)
         for block in self.handle.block_list():
             for name, packed in _packed(pass_, block.layers(pass_.targets, pass_.skip)).items():

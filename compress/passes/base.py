@@ -84,10 +84,16 @@ class Pass(BaseModel):
     #: The state it adds to the model; "dense" adds none.
     leaves: ClassVar[str] = "dense"
     needs_calibration: ClassVar[bool] = False
+    #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
+    changes_weights: ClassVar[bool] = True
 
     @abstractmethod
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         """Changes `model` in place."""
+
+    def refuses(self, model: PreTrainedModel) -> str | None:
+        """One sentence on why this pass cannot work on such a model, or None. It may be without weights."""
+        return None
 
     def options(self) -> dict[str, Any]:
         """The options as they stand in a recipe, defaults filled in."""
@@ -115,6 +121,7 @@ class Pass(BaseModel):
 
         handle = ModelHandle.wrap(model)
         refuse_states(self, handle.states)
+        refuse_model(self, model)
         windows = None
         if self.needs_calibration:
             if calibration is None:
@@ -134,6 +141,13 @@ def refuse_states(pass_: Pass, states: Iterable[str]) -> None:
         if state not in pass_.accepts and state != "dense":
             allowed = " or ".join(s for s in STATES if s in pass_.accepts)
             raise StartError(f"{pass_.name} takes {allowed} weights, and this model's are {state}.")
+
+
+def refuse_model(pass_: Pass, model: PreTrainedModel) -> None:
+    """Raises where the pass cannot work on this kind of model."""
+    reason = pass_.refuses(model)
+    if reason:
+        raise StartError(f"{pass_.name}: {reason}")
 
 
 def selected(layer: str, targets: Sequence[str] | None, skip: Sequence[str]) -> bool:

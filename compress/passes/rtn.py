@@ -44,6 +44,13 @@ def relative_weight_error(weight: Tensor, codes: Tensor, scale: Tensor, zero: Te
     return lost / size if size else 0.0
 
 
+def rounding_bytes(layer: LayerShape) -> int:
+    """What rounding a layer takes: codes (1 byte a weight), and the weight in float32 while the error is measured,
+    dequantized, and as a copy where it is stored in 16 bits. Packing works on 2**20 codes at a time: three tables of 4
+    bytes each."""
+    return (5 if layer.dtype.itemsize >= 4 else 9) * layer.outputs * layer.inputs + 12 * CHUNK_ELEMENTS
+
+
 class RTN(RoundingPass):
     """Round weights to the nearest point of an integer grid, without data."""
 
@@ -56,13 +63,7 @@ class RTN(RoundingPass):
     )
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """Codes (1 byte a weight), and the weight in float32 while the error is measured: dequantized, and as a copy
-        where it is stored in 16 bits. Packing works on 2**20 codes at a time: three tables of 4 bytes each."""
-
-        def of(layer: LayerShape) -> int:
-            return (5 if layer.dtype.itemsize >= 4 else 9) * layer.outputs * layer.inputs
-
-        return max(map(of, layers), default=0) + 12 * CHUNK_ELEMENTS
+        return max(map(rounding_bytes, layers), default=0)
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         layers: dict[str, Any] = {}
