@@ -61,6 +61,10 @@ class Layer:
         packed = QuantLinear.from_codes(
             codes, scale, zero, spec, bias=self.module.bias, dtype=self.dtype, transposed=self.transposed
         )
+        self.pack(packed)
+
+    def pack(self, packed: QuantLinear) -> None:
+        """Makes `packed` this layer, as `quantize` does."""
         self.set_weight(packed.dequantize(self.dtype))
         assert self.block is not None
         self.block.pending[self.name] = packed

@@ -82,6 +82,7 @@ def _owner(point: EntryPoint) -> str:
 PASSES = Registry(
     "pass",
     {
+        "bnb": "compress.passes.bnb:Bnb",
         "gptq": "compress.passes.gptq:GPTQ",
         "hqq": "compress.passes.hqq:HQQ",
         "kv_cache": "compress.passes.kv_cache:KVCache",
@@ -94,6 +95,7 @@ PASSES = Registry(
 FORMATS = Registry(
     "format",
     {
+        "bitsandbytes": "compress.formats.bitsandbytes:BitsAndBytes",
         "compressed-tensors": "compress.formats.compressed_tensors:CompressedTensors",
         "dense": "compress.formats.dense:Dense",
         "packed": "compress.formats.packed:Packed",

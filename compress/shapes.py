@@ -20,6 +20,7 @@ from compress.formats.base import Contents
 from compress.loading import skeleton
 from compress.locating import context_length
 from compress.model import Block, Layer, ModelHandle
+from compress.nn.bnb_linear import BnbLinear
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.base import BlockPass, LayerShape, Pass, refuse_model
 from compress.walk import check_coverage
@@ -59,6 +60,8 @@ class ModelShape:
         self.largest_tensor = max(spec.nbytes for spec in self.contents().tensors)
         self.widest = max(self._widest(block) for block in self.handle.block_list())
         self.packed_bytes = 0
+        #: Whether plain transformers expands the packed layers to run them; bitsandbytes' it runs as they are.
+        self.expands = False
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: torch.dtype, architecture: str | None = None) -> ModelShape:
@@ -106,6 +109,7 @@ class ModelShape:
         for block in self.handle.block_list():
             for name, packed in _packed(pass_, block.layers(pass_.targets, pass_.skip)).items():
                 self.packed_bytes += _bytes(packed)
+                self.expands |= not isinstance(packed, BnbLinear)
                 block.module.set_submodule(name, packed)
         self.handle.states.add(pass_.leaves)
         return coverage

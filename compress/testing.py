@@ -117,6 +117,8 @@ def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:
 
 def small_options(cls: type[Pass]) -> dict[str, Any]:
     """Options with which a pass fits `tiny_model`, where its defaults do not (a group of 128 in 32 columns)."""
+    if cls.name == "bnb":
+        return {"format": "int8"}
     return {"group_size": 16} if "group_size" in cls.model_fields else {}
 
 

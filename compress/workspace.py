@@ -21,6 +21,7 @@ from compress.checkpoint import SafetensorsWriter, TensorSource, TensorSpec, ato
 from compress.errors import CompressError, StartError
 from compress.maths.grid import QuantSpec
 from compress.model import Block, QuantSpecs
+from compress.nn.bnb_linear import BnbSpec
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -94,7 +95,7 @@ class Stage:
 
     def quantized(self, block: Block) -> QuantSpecs:
         entries = read_json(self.folder / f"{block.name}.json")["quantized"]
-        return {name: QuantSpec(**spec) for name, spec in entries.items()}
+        return {name: (BnbSpec if "code" in spec else QuantSpec)(**spec) for name, spec in entries.items()}
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

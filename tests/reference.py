@@ -297,6 +297,34 @@ def half_quadratic_group(
     return best
 
 
+# --------------------------------------------------------------------------------------------- NF4
+
+
+def nf4_codes() -> list[float]:
+    """The sixteen values of NF4 (Dettmers et al. 2023, section 3 and appendix E): 0, and quantiles of the normal
+    distribution at even steps, eight up to the offset 1 - (1/32 + 1/30) / 2 above 0 and seven below, scaled to 1."""
+    from statistics import NormalDist
+
+    offset = 1 - (1 / 32 + 1 / 30) / 2
+    above = [NormalDist().inv_cdf(0.5 + (offset - 0.5) * step / 8) for step in range(1, 9)]
+    below = [-NormalDist().inv_cdf(0.5 + (offset - 0.5) * step / 7) for step in range(1, 8)]
+    largest = max(above)
+    return sorted([0.0, *(value / largest for value in above), *(value / largest for value in below)])
+
+
+def nf4(weight: np.ndarray, block: int) -> np.ndarray:
+    """Each weight as the nearest NF4 value times the largest of its block of neighbours along a row."""
+    codes = nf4_codes()
+    result = np.zeros(weight.shape)
+    for row in range(len(weight)):
+        for start in range(0, weight.shape[1], block):
+            values = [float(value) for value in weight[row, start : start + block]]
+            largest = max(abs(value) for value in values)
+            for index, value in enumerate(values):
+                result[row, start + index] = min(codes, key=lambda code: abs(code - value / largest)) * largest
+    return result
+
+
 # --------------------------------------------------------------------------------------------- cache of keys, values
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from compress.checkpoint import TensorSpec, write_checkpoint
-from compress.formats.base import Contents, Format
+from compress.formats.base import Contents, Format, foreign
 from compress.formats.folder import write_ordinary_files
 from compress.maths.grid import QuantSpec
 from compress.nn.quant_linear import QuantLinear, packed_tensors
@@ -26,7 +26,7 @@ class Dense(Format):
     name = "dense"
 
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
-        return None
+        return foreign(self.name, specs)
 
     def stored(self, contents: Contents) -> Sequence[TensorSpec]:
         return _published(contents.skeleton, *_expanded(contents))[0]

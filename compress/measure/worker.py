@@ -193,7 +193,8 @@ def count_parameters(model: Any) -> int:
         for name, parameter in module.named_parameters(recurse=False):
             if name not in PACKED_PARTS and id(parameter) not in seen:
                 seen.add(id(parameter))
-                total += parameter.numel()
+                halves = type(parameter).__name__ == "Params4bit"  # bitsandbytes': two weights to a byte
+                total += parameter.numel() * (2 if halves else 1)
     return total
 
 
