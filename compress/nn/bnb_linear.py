@@ -4,8 +4,8 @@ Dettmers, Pagnoni, Holtzman, Zettlemoyer: "QLoRA: Efficient Finetuning of Quanti
 section 3 (NF4, double quantization). Dettmers, Lewis, Belkada, Zettlemoyer: "LLM.int8()", 2022, arXiv 2208.07339.
 
 A layer's tensors carry the names that transformers stores them by, so the state dict of a model with such layers is the
-checkpoint. On some processors bitsandbytes repacks a layer's codes and rounds their scales at the first forward, and does
-not undo that to the bit: it is only ever given copies of what is stored here.
+checkpoint. On some processors bitsandbytes repacks a layer's codes and rounds their scales at the first forward, and
+does not undo that to the bit: it is only ever given copies of what is stored here.
 """
 
 from __future__ import annotations

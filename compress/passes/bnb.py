@@ -54,8 +54,8 @@ class Bnb(BlockPass):
         return self.spec
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """Two tables of 4 bytes a weight while its error is measured; five for the rows at hand while it is rounded; and
-        what importing bitsandbytes takes."""
+        """Two tables of 4 bytes a weight while its error is measured; five for the rows at hand while it is rounded;
+        and what importing bitsandbytes takes."""
         largest = max((layer.outputs * layer.inputs for layer in layers), default=0)
         return IMPORT_BYTES + 8 * largest + 20 * CHUNK_ELEMENTS
 
