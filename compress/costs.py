@@ -145,7 +145,7 @@ def exporting(shape: ModelShape, holding: Holding, weights_bytes: int) -> Parts:
     writing = model(shape, holding, used_outside=True) | {"packed layers": shape.packed_bytes * holding.resident}
     writing["largest tensor"] = shape.largest_tensor
     checking = {"the written model": weights_bytes, "its weights expanded": 0}
-    if shape.packed_bytes:
+    if shape.expands:
         checking["its weights expanded"] = shape.dense_bytes
     return max(writing, checking, key=total)
 
@@ -158,7 +158,7 @@ def measuring(shape: ModelShape, text: Text | None, weights_bytes: int | None) -
         parts["the compressed model"] = weights_bytes
     if text is None:
         return parts | {"largest tensor": shape.largest_tensor}
-    if weights_bytes is not None and shape.packed_bytes:
+    if weights_bytes is not None and shape.expands:
         parts["its weights expanded"] = shape.dense_bytes
     batch = max(1, min(TOKENS_BUDGET // text.length, LOGITS_BUDGET // (text.length * max(1, shape.vocabulary))))
     tokens = min(batch, text.samples) * text.length

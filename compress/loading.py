@@ -27,17 +27,24 @@ from compress.formats import packed
 from compress.formats.compressed_tensors import read_specs
 from compress.formats.folder import HISTORY
 from compress.maths.grid import SCALE_DTYPES, QuantSpec
+from compress.nn.bnb_linear import MISSING, load_bitsandbytes
+from compress.nn.quant_cache import CacheSpec, use_packed_cache
 from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
 
 
 def load(
-    folder: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    packed_cache: bool = True,
 ) -> PreTrainedModel:
     """The model in `folder` (what a run left, `DIR` or `DIR/model`, or any Hugging Face folder), ready to run.
 
     Packed weights stay packed while it runs. `dtype` (default: the one stored) is that of everything that is not
     packed, and of the arithmetic. Where a run could only store its model unpacked, its `exports/packed` is read.
+    Where the model's history has a `kv_cache`, its cache is packed while it writes, unless `packed_cache` is false.
     `StartError` for a folder that is no model; `CompressError`, with the names, where the tensors do not fit.
     """
     folder = find_model(Path(folder))
@@ -46,6 +53,8 @@ def load(
     dtype = dtype or stored_dtype(config)
     quantized = getattr(config, "quantization_config", None)
     own = packed.is_packed(folder)
+    if method_of(quantized) == "bitsandbytes":
+        return _finished(_load_bitsandbytes(folder, cls, dtype, device), folder, packed_cache)
     if quantized is not None:
         del config.quantization_config
     if own or quantized is not None:
@@ -57,11 +66,46 @@ def load(
     model.to(torch.device(device))
     if quantized is not None:  # so that save_pretrained writes a folder that can be read again
         model.config.quantization_config = quantized
+    return _finished(model, folder, packed_cache)
+
+
+def _finished(model: PreTrainedModel, folder: Path, packed_cache: bool) -> PreTrainedModel:
+    """The loaded model with what the folder says beside its weights."""
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    history: Any = _read_json(folder / HISTORY).get("history", [])
-    model.compress_history = history
+    model.compress_history = _read_json(folder / HISTORY).get("history", [])
+    if packed_cache:
+        use_packed_cache(model, recorded_cache(folder))
     return model.requires_grad_(False).eval()
+
+
+def method_of(quantized: Any) -> str | None:
+    """The method that a `quantization_config` names."""
+    data = quantized if isinstance(quantized, dict) or quantized is None else quantized.to_dict()
+    method: str | None = None if data is None else data.get("quant_method")
+    return method
+
+
+def _load_bitsandbytes(
+    folder: Path, cls: type[PreTrainedModel], dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
+    """A folder of bitsandbytes' layers: transformers runs them packed, and is left to load them."""
+    try:
+        load_bitsandbytes()
+    except StartError:
+        raise StartError(f"{folder}: {MISSING}") from None
+    TensorSource(folder)  # refuses pickled and damaged files, with our words
+    model: PreTrainedModel = cls.from_pretrained(
+        folder, dtype=dtype, device_map={"": str(device)}, local_files_only=True, use_safetensors=True
+    )
+    return model
+
+
+def recorded_cache(folder: Path) -> CacheSpec | None:
+    """How the cache of the model in `folder` is to be packed, by its history; None where it is not."""
+    history = _read_json(folder / HISTORY).get("history", [])
+    options = [entry["options"] for entry in history if entry.get("pass") == "kv_cache"]
+    return CacheSpec(**options[-1]) if options else None
 
 
 def find_model(folder: Path) -> Path:

@@ -65,8 +65,12 @@ class Layer:
         packed = QuantLinear.from_codes(
             codes, scale, zero, spec, bias=self.module.bias, dtype=self.dtype, transposed=self.transposed
         )
+        self.pack(packed)
+
+    def pack(self, packed: QuantLinear) -> None:
+        """Makes `packed` this layer, as `quantize` does."""
         assert self.block is not None
-        if spec.activations:
+        if packed.spec.activations:
             self.block.module.set_submodule(self.name, packed)
             return
         self.set_weight(packed.dequantize(self.dtype))

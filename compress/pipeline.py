@@ -90,14 +90,18 @@ def _compress(
     bare = resident_bytes()  # by now everything is imported that a run imports
     model = open_model(ready.folder, dtype=recipe.dtype, device=ready.device, residency=recipe.residency)
     stages = []
+    latest = None  # the stage that holds the blocks as they now are
     for index, pass_ in enumerate(recipe.passes):
         stages.append(_apply(pass_, index, model, ready, recipe, work, bare, progress))
-        if index and model.resident:
-            work.stage(index - 1, recipe.passes[index - 1].name).remove()
+        if pass_.changes_weights:
+            if latest is not None and model.resident:
+                latest.remove()
+            latest = work.stage(index, pass_.name)
     with progress.step("writing and verifying", total=2) as step:
         notes = _export(model, recipe, ready, stages)
         step.advance("written")
-        # A text at a time, as the reloading process runs them: rounded inputs turn the last bit of a sum into a step.
+        # A text at a time, as the reloading process runs them: rounded inputs turn the last bit of a sum into a step,
+        # and LLM.int8 rounds by all the tokens that come together.
         expected = stream_outputs(model, ready.probe, tokens_per_batch=1)
         dtype = model.dtype
         del model
@@ -126,7 +130,7 @@ def _apply(
     """One pass, or what is left of it."""
     stage = work.stage(index, pass_.name)
     if stage.complete:
-        if model.resident:
+        if model.resident and pass_.changes_weights:
             for block in model.blocks():
                 block.restore(*stage.read(block, model.device))
         outside = stage.read_outside(model.device)
@@ -148,7 +152,8 @@ def _apply(
         done = pass_.run(model, context)
         result = _record(pass_, done, time.monotonic() - started, peak_resident_bytes() - bare, ready, index)
         stage.finish(result)
-    model.latest = stage
+    if pass_.changes_weights:
+        model.latest = stage
     model.record(pass_)
     return Stage(**result)
 

@@ -148,6 +148,9 @@ class _Walkthrough:
                 note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
         else:
             self.shape.apply(pass_)
+            if not pass_.changes_weights:
+                parts = costs.model(self.shape, self.holding, used_outside=True)
+                return self._step(pass_.name, parts, note="changes no weight")
             extra = pass_.extra_bytes(self.shape)
             parts = costs.whole_pass(self.shape, self.holding, extra)
             note = "what it takes beside the model is not known" if extra is None else ""

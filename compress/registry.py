@@ -83,10 +83,13 @@ PASSES = Registry(
     "pass",
     {
         "autoround": "compress.passes.autoround:AutoRound",
-        "efficientqat": "compress.passes.efficientqat:EfficientQAT",
         "awq": "compress.passes.awq:AWQ",
+        "bnb": "compress.passes.bnb:Bnb",
+        "efficientqat": "compress.passes.efficientqat:EfficientQAT",
         "fp8": "compress.passes.fp8:FP8",
         "gptq": "compress.passes.gptq:GPTQ",
+        "hqq": "compress.passes.hqq:HQQ",
+        "kv_cache": "compress.passes.kv_cache:KVCache",
         "llm_qat": "compress.passes.llm_qat:LLMQAT",
         "magnitude": "compress.passes.magnitude:Magnitude",
         "quantize": "compress.passes.quantize:Quantize",
@@ -100,6 +103,7 @@ PASSES = Registry(
 FORMATS = Registry(
     "format",
     {
+        "bitsandbytes": "compress.formats.bitsandbytes:BitsAndBytes",
         "compressed-tensors": "compress.formats.compressed_tensors:CompressedTensors",
         "dense": "compress.formats.dense:Dense",
         "packed": "compress.formats.packed:Packed",

@@ -21,9 +21,10 @@ from compress.formats.base import Contents
 from compress.loading import skeleton
 from compress.locating import context_length
 from compress.model import Block, Layer, ModelHandle
+from compress.nn.bnb_linear import BnbLinear
 from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
-from compress.passes.base import BlockPass, LayerShape, Pass
+from compress.passes.base import BlockPass, LayerShape, Pass, refuse_model
 from compress.walk import check_coverage
 
 
@@ -61,6 +62,8 @@ class ModelShape:
         self.largest_tensor = max(spec.nbytes for spec in self.contents().tensors)
         self.widest = max(self._widest(block) for block in self.handle.block_list())
         self.packed_bytes = 0
+        #: Whether plain transformers expands the packed layers to run them; bitsandbytes' it runs as they are.
+        self.expands = False
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: torch.dtype, architecture: str | None = None) -> ModelShape:
@@ -97,15 +100,17 @@ class ModelShape:
     def apply(self, pass_: Pass) -> float:
         """Plays a pass through; returns the share of the blocks' matrix weights that it changes.
 
-        StartError where a group or pattern does not divide a layer, or no layer is selected.
+        StartError where a group or pattern does not divide a layer, no layer is selected, or the pass refuses the
+        model.
         """
+        refuse_model(pass_, self.handle.model)
         if not isinstance(pass_, BlockPass):
             pass_.reshape(self.handle)
             outside = sum(t.nbytes for t in self.handle.outside().values())
             self.dense_bytes += outside - self.outside_bytes
             self.outside_bytes = outside
             self.handle.states.add(pass_.leaves)
-            return 1.0
+            return 1.0 if pass_.changes_weights else 0.0
         coverage = check_coverage(pass_, self.handle, 0.0)
         for name, packed in self.ends(pass_).items():
             self.packed_bytes += _bytes(packed)
@@ -114,6 +119,7 @@ class ModelShape:
         for block in self.handle.block_list():
             for name, packed in _packed(pass_, block.layers(pass_.targets, pass_.skip)).items():
                 self.packed_bytes += _bytes(packed)
+                self.expands |= not isinstance(packed, BnbLinear)
                 block.module.set_submodule(name, packed)
         self.handle.states.add(pass_.leaves)
         return coverage

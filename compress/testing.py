@@ -117,6 +117,8 @@ def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:
 
 def small_options(cls: type[Pass]) -> dict[str, Any]:
     """Options with which a pass fits `tiny_model`, where its defaults do not (a group of 128 in 32 columns)."""
+    if cls.name == "bnb":
+        return {"format": "int8"}
     small = {"group_size": 16, "tokens": 512}
     return {name: value for name, value in small.items() if name in cls.model_fields}
 
@@ -149,6 +151,13 @@ def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrai
     assert type(pass_)(**pass_.options()) == pass_, f"{pass_.name}: options() do not rebuild the pass"
     assert set(pass_.accepts) <= set(STATES), f"{pass_.name} accepts unknown states"
     assert pass_.leaves in STATES, f"{pass_.name} leaves an unknown state"
+    reason = pass_.refuses(make(family))
+    if reason is not None:
+        _check_refusal(pass_, make(family), reason)
+        return
+    if not pass_.changes_weights:
+        _check_run_time_pass(pass_, make(family))
+        return
     tokens = tiny_tokens()
     results = []
     for _ in range(2):
@@ -174,3 +183,47 @@ def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrai
             assert torch.equal(old, model.get_parameter(name)), f"{pass_.name} changed {name}, which is in no block"
         results.append(after)
     assert torch.equal(*results), f"{pass_.name} is not reproducible"
+
+
+def _check_refusal(pass_: Pass, model: PreTrainedModel, reason: str) -> None:
+    """A model that the pass refuses is left as it was, and the reason is a sentence."""
+    from compress.errors import StartError
+
+    assert reason.endswith("."), f"{pass_.name}: {reason!r} is no sentence"
+    said = None
+    try:
+        pass_(model, calibration=tiny_tokens() if pass_.needs_calibration else None, min_coverage=0.0)
+    except StartError as error:
+        said = str(error)
+    assert said is not None, f"{pass_.name} refuses {type(model).__name__} and works on it all the same"
+    assert reason in said, f"{pass_.name} refuses with other words than its reason"
+
+
+@torch.no_grad()
+def _check_run_time_pass(pass_: Pass, model: PreTrainedModel) -> None:
+    """A pass that changes no weight: none is changed, and what the model computes as it writes is, but not by much.
+
+    The text is read in two parts, the second from what the model kept of the first.
+    """
+    from transformers import DynamicCache
+
+    def second_part(cache: DynamicCache | None) -> torch.Tensor:
+        tokens = tiny_tokens(length=CONTEXT)
+        first = model(input_ids=tokens[:, :-8], use_cache=True, past_key_values=cache)
+        result: torch.Tensor = model(input_ids=tokens[:, -8:], past_key_values=first.past_key_values).logits
+        return result
+
+    exact = second_part(None)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    result = pass_(model, min_coverage=0.0)
+    assert result.model is model, f"{pass_.name} does not change the model in place"
+    assert result.coverage == 0, f"{pass_.name} changes no weights and covers {result.coverage}"
+    for name, old in before.items():
+        assert torch.equal(old, model.get_parameter(name)), f"{pass_.name} changed {name}"
+    after = second_part(None)
+    assert torch.equal(after, second_part(None)), f"{pass_.name} is not reproducible"
+    assert not torch.equal(exact, after), f"{pass_.name} changed nothing"
+    off = float((after - exact).square().mean() / exact.square().mean())
+    assert off < 0.1, f"{pass_.name} changes the outputs by {off:.0%}"
+    own = second_part(DynamicCache(config=model.config))
+    assert torch.equal(exact, own), f"{pass_.name} cannot be told not to"

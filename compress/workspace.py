@@ -21,6 +21,7 @@ from compress.checkpoint import SafetensorsWriter, TensorSource, TensorSpec, ato
 from compress.errors import CompressError, StartError
 from compress.maths.grid import QuantSpec
 from compress.model import Block, QuantSpecs
+from compress.nn.bnb_linear import BnbSpec
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -121,7 +122,7 @@ class Stage:
 
     def _specs(self, stem: str) -> QuantSpecs:
         entries = read_json(self.folder / f"{stem}.json")["quantized"]
-        return {name: QuantSpec(**spec) for name, spec in entries.items()}
+        return {name: (BnbSpec if "code" in spec else QuantSpec)(**spec) for name, spec in entries.items()}
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result kept under `name`; made and kept if it is not there yet."""

@@ -318,6 +318,117 @@ def group_output_error(weight: np.ndarray, quantized: np.ndarray, inputs: np.nda
     return math.fsum(float(((weight - quantized) * token).sum()) ** 2 for token in inputs)
 
 
+# --------------------------------------------------------------------------------------------- half-quadratic
+
+
+def shrunk(error: float, beta: float, p: float) -> float:
+    """Badri and Shaji 2023, the generalised soft threshold: sign(x) max(0, |x| - |x|^(p-1) / beta)."""
+    if error == 0.0:
+        return 0.0
+    return math.copysign(max(0.0, abs(error) - abs(error) ** (p - 1) / beta), error)
+
+
+def half_quadratic_group(
+    values: list[float],
+    scale: float,
+    zero: int,
+    bits: int,
+    symmetric: bool,
+    p: float,
+    beta: float,
+    kappa: float,
+    turns: int,
+    scale_dtype: str,
+) -> tuple[float, int]:
+    """Scale and zero point of one group after half-quadratic splitting from those given.
+
+    Each turn: (1) codes of the nearest grid values r; (2) e = shrunk(w - r); (3) grid of least squares for w - e, the
+    codes fixed; (4) beta <- kappa beta. The paper fits a real zero point to a fixed scale in (3). Here slope and
+    intercept of the line through (code, w - e) are fitted, the zero point is the nearest code to where the line is 0,
+    and the slope is fitted again through that point; e counts in units of the first scale. Of all grids passed the one
+    of least sum |w - r|^p is returned, among those whose sum of squares is not above the first.
+    """  # fmt: skip
+    low, high = code_range(bits)
+    unit = abs(scale)
+    best, best_norm, limit = (scale, zero), math.inf, math.inf
+    for turn in range(turns + 1):
+        codes = [code_of(value, scale, zero, bits) for value in values]
+        errors = [value - (code - zero) * scale for value, code in zip(values, codes, strict=True)]
+        norm = math.fsum(abs(error) ** p for error in errors)
+        squares = math.fsum(error**2 for error in errors)
+        if turn == 0:
+            limit = squares
+        if norm < best_norm and squares <= limit:
+            best, best_norm = (scale, zero), norm
+        wanted = [value - unit * shrunk(error / unit, beta, p) for value, error in zip(values, errors, strict=True)]
+        if not symmetric:
+            middle, centre = sum(codes) / len(codes), sum(wanted) / len(wanted)
+            spread = math.fsum((code - middle) ** 2 for code in codes)
+            slope = math.fsum((c - middle) * (w - centre) for c, w in zip(codes, wanted, strict=True)) / (spread or 1)
+            slope = slope if abs(slope) > 0.05 * unit else scale
+            zero = min(max(round(middle - centre / slope), low), high)
+        length = math.fsum((code - zero) ** 2 for code in codes)
+        slope = math.fsum((c - zero) * w for c, w in zip(codes, wanted, strict=True)) / (length or 1)
+        slope = slope if abs(slope) > 0.05 * unit else scale
+        stored = round_to_float(abs(slope), scale_dtype) or smallest_float(scale_dtype)
+        scale = math.copysign(stored, slope)
+        beta *= kappa
+    return best
+
+
+# --------------------------------------------------------------------------------------------- NF4
+
+
+def nf4_codes() -> list[float]:
+    """The sixteen values of NF4 (Dettmers et al. 2023, section 3 and appendix E): 0, and quantiles of the normal
+    distribution at even steps, eight up to the offset 1 - (1/32 + 1/30) / 2 above 0 and seven below, scaled to 1."""
+    from statistics import NormalDist
+
+    offset = 1 - (1 / 32 + 1 / 30) / 2
+    above = [NormalDist().inv_cdf(0.5 + (offset - 0.5) * step / 8) for step in range(1, 9)]
+    below = [-NormalDist().inv_cdf(0.5 + (offset - 0.5) * step / 7) for step in range(1, 8)]
+    largest = max(above)
+    return sorted([0.0, *(value / largest for value in above), *(value / largest for value in below)])
+
+
+def nf4(weight: np.ndarray, block: int) -> np.ndarray:
+    """Each weight as the nearest NF4 value times the largest of its block of neighbours along a row."""
+    codes = nf4_codes()
+    result = np.zeros(weight.shape)
+    for row in range(len(weight)):
+        for start in range(0, weight.shape[1], block):
+            values = [float(value) for value in weight[row, start : start + block]]
+            largest = max(abs(value) for value in values)
+            for index, value in enumerate(values):
+                result[row, start + index] = min(codes, key=lambda code: abs(code - value / largest)) * largest
+    return result
+
+
+# --------------------------------------------------------------------------------------------- cache of keys, values
+
+
+def packed_cache(states: np.ndarray, bits: int, group: int, along: int, dtype: str) -> np.ndarray:
+    """What states [batch, heads, tokens, width] are once rounded (Liu et al. 2024, KIVI, section 2: with the least
+    state z of a group as zero point and s = (max - min) / (2^bits - 1), x becomes round((x - z) / s) s + z).
+
+    A group is `group` neighbours along dimension `along`. Both z and s are stored in 16 bits: bfloat16 for bfloat16
+    states, float16 for others.
+    """
+    stored = "bfloat16" if dtype == "bfloat16" else "float16"
+    result = np.zeros(states.shape)
+    lines = np.moveaxis(states, along, -1)
+    rounded = np.moveaxis(result, along, -1)
+    for line in np.ndindex(*lines.shape[:-1]):
+        for start in range(0, lines.shape[-1], group):
+            values = [float(value) for value in lines[line][start : start + group]]
+            least = round_to_float(min(values), stored)
+            scale = round_to_float((max(values) - min(values)) / (2**bits - 1), stored) or 1.0
+            for index, value in enumerate(values):
+                code = min(max(round((value - least) / scale), 0), 2**bits - 1)
+                rounded[line][start + index] = code * scale + least
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------- pruning
 
 

@@ -124,6 +124,15 @@ def layer_kinds(model: nn.Module) -> dict[str, str]:
     return kinds
 
 
+def foreign(name: str, specs: Mapping[str, QuantSpec]) -> str | None:
+    """Why the format `name`, of integer grids, cannot hold these layers: some are bitsandbytes'. Or None."""
+    from compress.nn.bnb_linear import BnbSpec
+
+    if any(isinstance(spec, BnbSpec) for spec in specs.values()):
+        return f"{name} does not hold the layers that the pass bnb makes; they are written as bitsandbytes."
+    return None
+
+
 def of_kind(kind: str, kinds: Mapping[str, str], names: Iterable[str]) -> list[str]:
     """Those of `names` that are layers of this kind."""
     return [name for name in names if kinds.get(name) == kind]

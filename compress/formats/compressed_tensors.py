@@ -25,7 +25,7 @@ from torch import nn
 
 from compress.checkpoint import TensorSpec, write_checkpoint
 from compress.errors import StartError
-from compress.formats.base import Contents, Format, of_kind
+from compress.formats.base import Contents, Format, foreign, of_kind
 from compress.formats.dense import expanded
 from compress.formats.folder import write_ordinary_files
 from compress.maths.grid import QuantSpec
@@ -45,6 +45,8 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
 
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
+        if reason := foreign(self.name, specs):
+            return reason
         conv1d = of_kind("Conv1D", kinds, specs)
         if conv1d:
             return (

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from compress.checkpoint import TensorSpec, write_checkpoint
-from compress.formats.base import Contents, Format
+from compress.formats.base import Contents, Format, foreign
 from compress.formats.folder import write_ordinary_files
 from compress.maths.grid import QuantSpec
 from compress.nn.quant_embedding import packed_like
@@ -29,7 +29,7 @@ class Dense(Format):
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
         rounding = [name for name, spec in specs.items() if spec.activations]
         if not rounding:
-            return None
+            return foreign(self.name, specs)
         why = f", which {rounding[0]}, a Conv1D, would need" if kinds.get(rounding[0]) == "Conv1D" else ""
         return (
             f"a folder of plain weights cannot have transformers round the inputs of layers{why}: round weights alone "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint import atomic_write_text, disk_errors, sync_folder
 from compress.errors import StartError
 from compress.formats.base import Contents, Format, of_kind
+from compress.nn.bnb_linear import BnbSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,12 +49,15 @@ def write_model_folder(folder: str | os.PathLike[str], contents: Contents, forma
 
 
 def default_format(contents: Contents) -> str:
-    """Dense without quantized layers; else compressed-tensors, unless its layers can only be held unpacked.
+    """Dense without quantized layers; bitsandbytes for its own; else compressed-tensors, unless its layers can only be
+    held unpacked.
 
     What compressed-tensors refuses for another reason than its layers' kind is an error of `write_model_folder`.
     """
     if not contents.quantization:
         return "dense"
+    if any(isinstance(spec, BnbSpec) for spec in contents.quantization.values()):
+        return "bitsandbytes"
     return "dense" if of_kind("Conv1D", contents.kinds, contents.quantization) else "compressed-tensors"
 
 

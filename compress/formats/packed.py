@@ -16,7 +16,7 @@ import torch
 
 from compress.checkpoint import write_checkpoint
 from compress.errors import CompressError
-from compress.formats.base import Contents, Format
+from compress.formats.base import Contents, Format, foreign
 from compress.formats.folder import HISTORY, write_ordinary_files
 from compress.maths.grid import QuantSpec
 
@@ -29,7 +29,7 @@ class Packed(Format):
     name = "packed"
 
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
-        return None
+        return foreign(self.name, specs)
 
     def write(self, folder: Path, contents: Contents) -> None:
         write_checkpoint(folder, contents.tensors, contents.read, stem=STEM)

@@ -144,7 +144,7 @@ def find_params(
     if importance is not None:
         importance = importance.to(compute_dtype(weight))
         importance = importance.view(columns // size, size) if importance.dim() == 1 else importance
-    for part in _row_chunks(rows, columns):
+    for part in row_chunks(rows, columns):
         grouped = weight[part].to(compute_dtype(weight)).unflatten(1, (-1, size))
         low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
         found = _search(grouped, low, high, spec, importance) if search else _cover(low, high, spec)
@@ -162,10 +162,10 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec
     code_dtype = torch.float8_e4m3fn if spec.stored == "float8" else torch.int8
     codes = torch.empty(rows, columns, dtype=code_dtype, device=weight.device)
     dtype = compute_dtype(weight)
-    for part in _row_chunks(rows, columns):
+    for part in row_chunks(rows, columns):
         grouped = weight[part].to(dtype).unflatten(1, (-1, size))
         offset = None if zero is None else zero[part].to(dtype)
-        codes[part] = _round(grouped, scale[part].to(dtype), offset, spec).flatten(1).to(code_dtype)
+        codes[part] = round_groups(grouped, scale[part].to(dtype), offset, spec).flatten(1).to(code_dtype)
     return codes
 
 
@@ -192,7 +192,8 @@ def storable(scale: Tensor, spec: QuantSpec) -> Tensor:
     return scale.clamp(min=smallest).to(spec.torch_scale_dtype).to(scale.dtype)
 
 
-def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """The rows of a weight, as many at a time as make `CHUNK_ELEMENTS` weights."""
     step = max(1, CHUNK_ELEMENTS // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -207,7 +208,7 @@ def _cover(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return scale, (spec.qmin - low / scale).round_().clamp_(spec.qmin, spec.qmax).masked_fill_(low == high, 0.0)
 
 
-def _round(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
+def round_groups(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
     """Codes as floats, `[rows, groups, size]`. The zero point is added after rounding: that is exact."""
     if spec.stored == "float8":
         largest = spec.half_range
@@ -220,7 +221,7 @@ def _round(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec)
 
 def _error(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, importance: Tensor | None) -> Tensor:
     """Weighted squared error of rounding, `[rows, groups]`."""
-    rounded = _round(grouped, scale, zero, spec)
+    rounded = round_groups(grouped, scale, zero, spec)
     if zero is not None:
         rounded -= zero.unsqueeze(2)
     error = rounded.mul_(scale.unsqueeze(2)).sub_(grouped)

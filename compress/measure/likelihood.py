@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.nn.quant_cache import CacheSpec, cache_spec, packed_cache
 
 #: Logits held at once for one model (elements), and tokens in one forward.
 LOGITS_BUDGET = 2**25
@@ -101,9 +102,30 @@ def _scores(logits: Tensor, targets: Tensor, other: Tensor | None) -> dict[str, 
 
 
 def forward(model: torch.nn.Module, ids: Tensor, attention: Tensor | None = None) -> Tensor:
-    """Logits [batch, length, vocabulary] of ids [batch, length]; `attention` is left out when nothing is padded."""
+    """Logits [batch, length, vocabulary] of ids [batch, length]; `attention` is left out when nothing is padded.
+
+    A model whose cache is packed reads the text a group of tokens at a time, each from the cache of those before it.
+    That is what it does when it writes, but that then a group is one token.
+    """
+    spec = cache_spec(model)
+    if spec is not None:
+        return _through_cache(model, ids, attention, spec)
     extra = {} if attention is None else {"attention_mask": attention.long()}
     logits: Tensor = model(input_ids=ids, use_cache=False, **extra).logits
+    return logits
+
+
+def _through_cache(model: torch.nn.Module, ids: Tensor, attention: Tensor | None, spec: CacheSpec) -> Tensor:
+    cache = packed_cache(model.config, spec)
+    logits: Tensor | None = None
+    for start in range(0, ids.shape[1], spec.group_size):
+        end = min(start + spec.group_size, ids.shape[1])
+        extra = {} if attention is None else {"attention_mask": attention[:, :end].long()}
+        part = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **extra).logits
+        if logits is None:
+            logits = part.new_empty(*ids.shape, part.shape[-1])
+        logits[:, start:end] = part
+    assert logits is not None
     return logits
 
 

@@ -90,16 +90,24 @@ def _answers(job: Job, folder: Path, model: Any) -> dict[str, Any]:
 
 
 def _load_for_quality(job: Job, folder: Path) -> tuple[Any, str, list[str]]:
-    """Plain transformers wherever it can; else the packed runtime, with a note."""
+    """Plain transformers wherever it can; else the packed runtime, with a note. The cache is packed if the folder's
+    history says so, with a note."""
+    from compress.loading import recorded_cache
     from compress.measure.runtimes import Transformers, is_compressed, load_plain
+    from compress.nn.quant_cache import use_packed_cache
 
+    spec = recorded_cache(folder)
+    words = f"Quality was measured with keys and values read back from a cache of {spec.bits} bits." if spec else ""
+    notes = [words] if spec else []
     try:
-        return load_plain(folder, dtype=job["dtype"], device=job["device"]), "transformers", []
+        model = load_plain(folder, dtype=job["dtype"], device=job["device"])
+        use_packed_cache(model, spec)
+        return model, "transformers", notes
     except CompressError as error:
         if not is_compressed(folder):
             raise
         loaded = Transformers().load(folder, dtype=job["dtype"], device=job["device"])
-        return loaded.model, loaded.runtime, [f"Quality was measured through {loaded.runtime}: {error}"]
+        return loaded.model, loaded.runtime, [f"Quality was measured through {loaded.runtime}: {error}", *notes]
 
 
 def speed(job: Job) -> Result:
@@ -187,7 +195,8 @@ def count_parameters(model: Any) -> int:
         for name, parameter in module.named_parameters(recurse=False):
             if name not in PACKED_PARTS and id(parameter) not in seen:
                 seen.add(id(parameter))
-                total += parameter.numel()
+                halves = type(parameter).__name__ == "Params4bit"  # bitsandbytes': two weights to a byte
+                total += parameter.numel() * (2 if halves else 1)
     return total
 
 

@@ -7,6 +7,7 @@ Its buffers carry the names and layouts of compressed-tensors' formats (`pack-qu
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,13 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
 
     @classmethod
     def like(cls, module: nn.Module, spec: QuantSpec, device: torch.device | str = "meta") -> QuantLinear:
-        """An empty layer with the shape, bias and dtype of a `Linear`, a `Conv1D` or another `QuantLinear`."""
+        """An empty layer with the shape, bias and dtype of a `Linear`, a `Conv1D` or another `QuantLinear`.
+
+        Of the class that the spec asks for: bitsandbytes' grids have one of their own.
+        """
+        from compress.nn.bnb_linear import BnbLinear, BnbSpec
+
+        kind: Any = BnbLinear if isinstance(spec, BnbSpec) else QuantLinear
         if isinstance(module, QuantLinear):
             shape, dtype, transposed = (module.in_features, module.out_features), module.dtype, module.transposed
         else:
@@ -86,7 +93,8 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
             rows, columns = weight.shape
             shape, dtype = ((rows, columns) if transposed else (columns, rows)), weight.dtype
         bias = getattr(module, "bias", None) is not None
-        return cls(*shape, spec, bias, dtype, device, transposed)
+        found: QuantLinear = kind(*shape, spec, bias, dtype, device, transposed)
+        return found
 
     @classmethod
     def from_codes(

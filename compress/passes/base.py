@@ -96,6 +96,9 @@ class Pass(BaseModel):
     #: Whether it changes tensors that belong to no block (embeddings, head), which its stage then keeps as well.
     changes_outside: ClassVar[bool] = False
 
+    #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
+    changes_weights: ClassVar[bool] = True
+
     @property
     def takes_calibration(self) -> bool:
         """Whether it needs text with these options."""
@@ -104,6 +107,10 @@ class Pass(BaseModel):
     @abstractmethod
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         """Changes `model` in place."""
+
+    def refuses(self, model: PreTrainedModel) -> str | None:
+        """One sentence on why this pass cannot work on such a model, or None. It may be without weights."""
+        return None
 
     def options(self) -> dict[str, Any]:
         """The options as they stand in a recipe, defaults filled in."""
@@ -147,6 +154,7 @@ class Pass(BaseModel):
 
         handle = ModelHandle.wrap(model)
         refuse_states(self, handle.states)
+        refuse_model(self, model)
 
         def cut(text: Iterable[str] | torch.Tensor | None, what: str) -> Windows:
             if text is None:
@@ -185,6 +193,13 @@ def refuse_states(pass_: Pass, states: Iterable[str]) -> None:
         if state not in pass_.accepts and state != "dense":
             allowed = " or ".join(s for s in STATES if s in pass_.accepts)
             raise StartError(f"{pass_.name} takes {allowed} weights, and this model's are {state}.")
+
+
+def refuse_model(pass_: Pass, model: PreTrainedModel) -> None:
+    """Raises where the pass cannot work on this kind of model."""
+    reason = pass_.refuses(model)
+    if reason:
+        raise StartError(f"{pass_.name}: {reason}")
 
 
 def selected(layer: str, targets: Sequence[str] | None, skip: Sequence[str]) -> bool:
