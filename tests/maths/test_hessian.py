@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import CompressError
-from compress.maths.hessian import Hessian, NotPositiveDefinite, triangular_root
+from compress.maths.hessian import (
+    CrossMoment,
+    Hessian,
+    NotPositiveDefinite,
+    bfloat16_products,
+    quadratic_form,
+    triangular_root,
+)
 
 
 def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -94,3 +101,52 @@ def test_dead_columns_stand_alone_and_do_not_count_in_the_mean():
     torch.testing.assert_close(upper[live][:, live], alone, rtol=1e-10, atol=0)
     assert (upper[1, [0, 2, 3, 4]] == 0).all()
     assert (upper[[0, 2, 3], 4] == 0).all()
+
+
+def test_products_of_bfloat16_inputs_are_as_exact_as_those_of_float32():
+    x = (inputs(1024, 300) @ inputs(300, 300, 1)).bfloat16()
+    exact = 2 * x.double().T @ x.double() / len(x)
+    for seen in (x, x.float()):
+        hessian = Hessian(300)
+        for batch in seen.split(400):
+            hessian.add(batch)
+        assert (hessian.matrix - exact).abs().max() < 4e-6 * exact.abs().max()
+
+
+def test_float32_inputs_are_never_rounded_to_bfloat16():
+    x = inputs(1024, 300)
+    hessian, cross = Hessian(300), CrossMoment(300)
+    hessian.add(x)
+    cross.add(x, x.bfloat16())
+    assert (hessian.matrix - 2 * x.double().T @ x.double() / len(x)).abs().max() < 1e-5
+    assert (cross.matrix - 2 * x.double().T @ x.bfloat16().double() / len(x)).abs().max() < 1e-5
+
+
+def test_bfloat16_products_are_for_the_inside_alone():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(RuntimeError, match="inside bf16"), bfloat16_products(True):
+        raise RuntimeError("inside " + torch.backends.mkldnn.matmul.fp32_precision)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    with bfloat16_products(False):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 10**6))
+def test_the_cross_moment_is_the_mean_over_all_tokens(sizes, seed):
+    x, y = inputs(sum(sizes), 5, seed), inputs(sum(sizes), 5, seed + 1)
+    cross = CrossMoment(5)
+    for one, other in zip(y.split(sizes), x.split(sizes), strict=True):
+        cross.add(one, other)
+    torch.testing.assert_close(cross.matrix, 2 * y.T @ x / max(sum(sizes), 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strip", [3, 4, 10, 100])
+def test_the_quadratic_form_of_each_row(strip, monkeypatch):
+    monkeypatch.setattr("compress.maths.hessian.STRIP", strip)
+    weight, x = inputs(4, 10).double(), inputs(30, 10, 1).double()
+    expected = (weight @ x.T).square().sum(1)
+    torch.testing.assert_close(quadratic_form(weight, x.T @ x), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        quadratic_form(weight.bfloat16(), (x.T @ x).float()), expected.float(), rtol=1e-2, atol=0
+    )
