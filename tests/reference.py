@@ -236,6 +236,7 @@ def gptq(
     act_order: bool = False,
     damping: float = 0.01,
     scale_dtype: str = "float16",
+    deviation: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(codes, scale, zero) by GPTQ without blocks and Cholesky (Frantar et al. 2022, equations 2 and 3).
 
@@ -245,9 +246,12 @@ def gptq(
     act_order: columns by falling diagonal of the Hessian (the earlier of equals first), all grids from the weights
     as given. Otherwise columns from left to right, and the grid of a group from its weights as they are, with all
     the corrections so far, when its first column comes.
+    deviation: D = (2/n) (X - X~) X~^T, [in, in], for GPTAQ (Li et al. 2025): when column q is done, the columns F that
+    are left also take on  w_q D_q,F (H_FF)^-1,  the least-squares answer to what the change of input q costs.
     """
     rows, columns = weight.shape
     width = width_of(columns, group_size)
+    hessian_damped = damped(matrix, damping)
     work = weight.astype(np.float64).copy()
     remaining = inverse(damped(matrix, damping))
     scale, zero = find_params(work, bits, group_size, symmetric, scale_dtype)
@@ -266,6 +270,10 @@ def gptq(
             codes[row, column] = code
             error[row] = work[row, column] - (code - zero[row, group]) * scale[row, group]
         left.remove(column)
+        if deviation is not None and left:
+            after = sorted(left)
+            carried = deviation[column, after] @ inverse(hessian_damped[np.ix_(after, after)])
+            work[:, after] += np.outer(work[:, column], carried)
         for other in left:
             work[:, other] -= error / remaining[column, column] * remaining[column, other]
         remaining = remaining - np.outer(remaining[:, column], remaining[column, :]) / remaining[column, column]

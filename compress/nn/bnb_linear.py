@@ -39,8 +39,8 @@ class BnbSpec(QuantSpec):
     @classmethod
     def of(cls, code: str, double: bool) -> BnbSpec:
         if code == "int8":
-            return cls(8, -1, True, "float32", code, False)
-        return cls(4, BLOCK, True, "float32", code, double)
+            return cls(8, -1, True, "float32", code=code, double=False)
+        return cls(4, BLOCK, True, "float32", code=code, double=double)
 
     def columns_per_group(self, columns: int) -> int:
         """As of any grid. StartError where a row is not made of whole blocks."""

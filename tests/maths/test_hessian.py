@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import CompressError
-from compress.maths.hessian import Hessian, NotPositiveDefinite, inverse_cholesky
+from compress.maths.hessian import (
+    CrossMoment,
+    Hessian,
+    NotPositiveDefinite,
+    bfloat16_products,
+    quadratic_form,
+    triangular_root,
+)
 
 
 def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -51,29 +58,29 @@ def test_inputs_of_another_width_are_refused():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 10**6))
-def test_the_factor_is_upper_and_its_square_is_the_inverse(columns, seed):
+def test_the_root_is_upper_and_its_square_is_the_damped_hessian(columns, seed):
     x = inputs(4 * columns, columns, seed).double()
     matrix = x.T @ x
-    upper, used = inverse_cholesky(matrix, 0.01)
+    upper, used = triangular_root(matrix, 0.01)
     damped = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(columns)
     assert used == 0.01
     assert torch.equal(upper, upper.triu())
-    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(columns).double(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(upper @ upper.T, damped, rtol=1e-8, atol=1e-8)
 
 
 def test_damping_rises_as_far_as_needed_and_is_reported():
     x = inputs(3, 8).double()  # rank 3: any damping will do
-    assert inverse_cholesky(x.T @ x, 0.01)[1] == 0.01
-    assert inverse_cholesky(x.T @ x, 0.0)[1] in (0.0, 1e-4)
+    assert triangular_root(x.T @ x, 0.01)[1] == 0.01
+    assert triangular_root(x.T @ x, 0.0)[1] in (0.0, 1e-4)
     indefinite = torch.tensor([[1.0, 1.05], [1.05, 1.0]])
-    assert inverse_cholesky(indefinite, 0.001)[1] == pytest.approx(0.1)
-    assert inverse_cholesky(torch.tensor([[1.0, 1.9], [1.9, 1.0]]), 0.01)[1] == pytest.approx(1.0)
+    assert triangular_root(indefinite, 0.001)[1] == pytest.approx(0.1)
+    assert triangular_root(torch.tensor([[1.0, 1.9], [1.9, 1.0]]), 0.01)[1] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("matrix", [[[1.0, 3.0], [3.0, 1.0]], [[float("nan"), 0.0], [0.0, 1.0]]])
 def test_a_hessian_beyond_all_damping_is_refused(matrix):
     with pytest.raises(NotPositiveDefinite):
-        inverse_cholesky(torch.tensor(matrix), 0.01)
+        triangular_root(torch.tensor(matrix), 0.01)
 
 
 def test_the_input_is_left_as_it_was():
@@ -81,7 +88,7 @@ def test_the_input_is_left_as_it_was():
     matrix = x.T @ x
     matrix[2], matrix[:, 2] = 0.0, 0.0
     before = matrix.clone()
-    inverse_cholesky(matrix, 0.01)
+    triangular_root(matrix, 0.01)
     assert torch.equal(matrix, before)
 
 
@@ -89,8 +96,57 @@ def test_dead_columns_stand_alone_and_do_not_count_in_the_mean():
     x = inputs(20, 5).double() * 1e-3  # small beside the 1 that a dead column gets
     x[:, [1, 4]] = 0
     live = [0, 2, 3]
-    upper, _ = inverse_cholesky(x.T @ x, 0.01)
-    alone, _ = inverse_cholesky((x.T @ x)[live][:, live], 0.01)
+    upper, _ = triangular_root(x.T @ x, 0.01)
+    alone, _ = triangular_root((x.T @ x)[live][:, live], 0.01)
     torch.testing.assert_close(upper[live][:, live], alone, rtol=1e-10, atol=0)
     assert (upper[1, [0, 2, 3, 4]] == 0).all()
     assert (upper[[0, 2, 3], 4] == 0).all()
+
+
+def test_products_of_bfloat16_inputs_are_as_exact_as_those_of_float32():
+    x = (inputs(1024, 300) @ inputs(300, 300, 1)).bfloat16()
+    exact = 2 * x.double().T @ x.double() / len(x)
+    for seen in (x, x.float()):
+        hessian = Hessian(300)
+        for batch in seen.split(400):
+            hessian.add(batch)
+        assert (hessian.matrix - exact).abs().max() < 4e-6 * exact.abs().max()
+
+
+def test_float32_inputs_are_never_rounded_to_bfloat16():
+    x = inputs(1024, 300)
+    hessian, cross = Hessian(300), CrossMoment(300)
+    hessian.add(x)
+    cross.add(x, x.bfloat16())
+    assert (hessian.matrix - 2 * x.double().T @ x.double() / len(x)).abs().max() < 1e-5
+    assert (cross.matrix - 2 * x.double().T @ x.bfloat16().double() / len(x)).abs().max() < 1e-5
+
+
+def test_bfloat16_products_are_for_the_inside_alone():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(RuntimeError, match="inside bf16"), bfloat16_products(True):
+        raise RuntimeError("inside " + torch.backends.mkldnn.matmul.fp32_precision)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    with bfloat16_products(False):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 10**6))
+def test_the_cross_moment_is_the_mean_over_all_tokens(sizes, seed):
+    x, y = inputs(sum(sizes), 5, seed), inputs(sum(sizes), 5, seed + 1)
+    cross = CrossMoment(5)
+    for one, other in zip(y.split(sizes), x.split(sizes), strict=True):
+        cross.add(one, other)
+    torch.testing.assert_close(cross.matrix, 2 * y.T @ x / max(sum(sizes), 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strip", [3, 4, 10, 100])
+def test_the_quadratic_form_of_each_row(strip, monkeypatch):
+    monkeypatch.setattr("compress.maths.hessian.STRIP", strip)
+    weight, x = inputs(4, 10).double(), inputs(30, 10, 1).double()
+    expected = (weight @ x.T).square().sum(1)
+    torch.testing.assert_close(quadratic_form(weight, x.T @ x), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        quadratic_form(weight.bfloat16(), (x.T @ x).float()), expected.float(), rtol=1e-2, atol=0
+    )
