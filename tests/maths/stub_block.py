@@ -32,7 +32,7 @@ class StubBlock:
 
     def __init__(self, sparse: bool = False):
         torch.manual_seed(0)
-        self.sparse = sparse
+        self.name, self.sparse = "block", sparse
         names = ("first", "twin", "second", "silent")
         self.modules = {name: nn.Linear(16, 16, bias=False) for name in names}
         self.original = {name: module.weight.detach().clone() for name, module in self.modules.items()}
