@@ -119,7 +119,7 @@ def small_options(cls: type[Pass]) -> dict[str, Any]:
     """Options with which a pass fits `tiny_model`, where its defaults do not (a group of 128 in 32 columns)."""
     if cls.name == "bnb":
         return {"format": "int8"}
-    small = {"group_size": 16, "tokens": 512}
+    small = {"group_size": 16, "tokens": 512, "iterations": 10, "preset": "fast"}
     return {name: value for name, value in small.items() if name in cls.model_fields}
 
 
