@@ -8,6 +8,7 @@ from compress.data import windows_from
 from compress.model import ModelHandle
 from compress.opening import open_model
 from compress.passes.base import Context
+from compress.passes.gptq import GPTQ
 from compress.passes.rtn import RTN
 from compress.passes.wanda import Wanda
 from compress.shapes import ModelShape
@@ -226,7 +227,7 @@ def test_the_plan_counts_the_second_hidden_states_and_the_copy_of_the_block():
 
     shape = ModelShape(tiny_model("llama"), torch.float32)
     holding, text = costs.Holding(False, torch.float32), costs.Text(8, 32)
-    plain = costs.one_pass(RTN(group_size=16), shape, holding, text)
+    plain = costs.one_pass(GPTQ(group_size=16), shape, holding, text)
     both = costs.one_pass(Watcher(group_size=16), shape, holding, text)
     added = {name: size for name, size in both.items() if name not in plain}
     assert added == {"original hidden states": 8 * 32 * 32 * 4, "original block": both["block"]}

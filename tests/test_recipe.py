@@ -300,7 +300,7 @@ def test_any_values_make_a_recipe_or_are_refused_with_a_recipe_error(values: dic
         (tiny(memory="8 gigs"), 'memory: "8 gigs" is not a size; allowed: a number and a unit, as in 2GB or 1500 MiB.'),
         (tiny(memory=0), "memory: 0 is no room at all."),
         (tiny(export="dense"), 'export: "dense" is not allowed; allowed: a list of text.'),
-        (tiny(export=["dens"]), 'export.0: unknown format "dens"; allowed: compressed-tensors, dense, packed. Did you mean "dense"?'),
+        (tiny(export=["dens"]), 'export.0: unknown format "dens"; allowed: bitsandbytes, compressed-tensors, dense, packed. Did you mean "dense"?'),
         (tiny(export=["dense", "dense"]), 'export.1: "dense" stands there twice.'),
         (tiny(benchmark=True), "benchmark: true is not allowed; allowed: a mapping."),
         (tiny(benchmark={"runtimes": ["llama"]}), 'benchmark.runtimes.0: unknown runtime "llama"; allowed: transformers.'),
