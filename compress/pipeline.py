@@ -95,7 +95,7 @@ def _compress(
         stages.append(_apply(pass_, index, model, ready, recipe, work, bare, progress))
         if pass_.changes_weights:
             if latest is not None and model.resident:
-                latest.remove()
+                latest.drop_blocks(model.block_list())
             latest = work.stage(index, pass_.name)
     with progress.step("writing and verifying", total=2) as step:
         notes = _export(model, recipe, ready, stages)
@@ -130,7 +130,7 @@ def _apply(
     """One pass, or what is left of it."""
     stage = work.stage(index, pass_.name)
     if stage.complete:
-        if model.resident and pass_.changes_weights:
+        if model.resident and pass_.changes_weights and stage.holds_blocks():
             for block in model.blocks():
                 block.restore(*stage.read(block, model.device))
         outside = stage.read_outside(model.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FOLDER = ".compress"
 _SAMPLED_BYTES = 1 << 20
 _OUTSIDE = "outside"
+_DROPPED = "dropped.json"
 
 
 def read_json(path: Path) -> Any:
@@ -132,8 +133,16 @@ class Stage:
         result: dict[str, Any] = read_json(path)
         return result
 
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def holds_blocks(self) -> bool:
+        """Whether the finished blocks can still be read."""
+        return not (self.folder / _DROPPED).exists()
+
+    def drop_blocks(self, blocks: Iterable[Block]) -> None:
+        """Frees the room of the blocks, which a later stage holds as well. Its records, and what it changed outside the
+        blocks, stay: the stage is as complete as it was."""
+        write_json(self.folder / _DROPPED, {})  # first: half of the blocks is of no use
+        for block in blocks:
+            (self.folder / f"{block.name}.safetensors").unlink(missing_ok=True)
 
 
 class Workspace:

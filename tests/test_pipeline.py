@@ -221,12 +221,16 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_uninterrupted_on
         )
         assert done.returncode == -9, f"{place}: {done.stderr}"
         assert not (tmp_path / "out" / "report.json").exists()
+    first = next((tmp_path / "out" / ".compress" / "stages").glob("00-*"))
+    assert not list(first.glob("*.safetensors"))
+    seconds = json.loads((first / "complete.json").read_text())["seconds"]
     done = subprocess.run([sys.executable, "-c", KILLER, str(path), "never"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "out" / "model") == content(finished[0] / "model")
     reports = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "out", finished[0])]
     blocks = [[stage["blocks"] for stage in report["stages"]] for report in reports]
     assert blocks[0] == blocks[1]
+    assert reports[0]["stages"][0]["seconds"] == seconds, "a finished pass was done again"
 
 
 def test_gpt2_is_written_unpacked_with_the_codes_beside_it(text_file, tmp_path):
