@@ -1,7 +1,7 @@
 """How long GPTQ takes on a Llama with random weights, beside the least that any such method must do.
 
     python benchmarks/gptq_speed.py [--layers 12] [--dtype bfloat16] [--samples 32] [--length 512] [--threads 2]
-        [--against llm-compressor] [--scaling]
+        [--against llm-compressor [--peer-python PATH]] [--scaling]
 
 Weights of 4 bits in groups of 128; hidden size 1024, 2816 inside the MLP, 16 heads, a vocabulary of 32000, tied. The
 floor is two forward passes over the text through the blocks, the Hessians x^T x of all inputs in float32, and a
@@ -76,6 +76,16 @@ def floor(layers: int, dtype: str, samples: int, length: int) -> dict[str, float
     return found
 
 
+def any_tokenizer() -> Any:
+    """A tokenizer of two words: one is asked for, and never used, since the text comes as token ids."""
+    from tokenizers import Tokenizer, models
+
+    words = models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), unk_token="<unk>", pad_token="<unk>", eos_token="<unk>"
+    )
+
+
 def theirs(layers: int, dtype: str, samples: int, length: int) -> float:
     """Seconds of llm-compressor's GPTQ on the same model and tokens, saving not included."""
     from datasets import Dataset  # type: ignore[import-untyped, unused-ignore]
@@ -85,18 +95,24 @@ def theirs(layers: int, dtype: str, samples: int, length: int) -> float:
     rows = tokens_of(samples, length).tolist()
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length for _ in rows]})
     recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
-    model = model_of(layers, dtype)
-    started = time.perf_counter()
-    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=length, num_calibration_samples=samples)
-    return time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder:
+        model_of(layers, dtype).save_pretrained(folder)
+        any_tokenizer().save_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        started = time.perf_counter()
+        oneshot(
+            model=model, dataset=data, recipe=recipe, max_seq_length=length, num_calibration_samples=samples,
+            processor=any_tokenizer(),
+        )  # fmt: skip
+        return time.perf_counter() - started
 
 
-def in_fresh_process(kind: str, *shape: Any, threads: int) -> Any:
+def in_fresh_process(kind: str, *shape: Any, threads: int, python: str = sys.executable) -> Any:
     """The result of one of the functions above in a process that has done nothing else."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.json"
         job = json.dumps({"kind": kind, "shape": shape, "threads": threads, "out": str(out)})
-        subprocess.run([sys.executable, __file__, "--job", job], check=True, stdout=sys.stderr)
+        subprocess.run([python, __file__, "--job", job], check=True, stdout=sys.stderr)
         return json.loads(out.read_text())
 
 
@@ -129,6 +145,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--against", choices=["llm-compressor"])
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has llm-compressor")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -151,7 +168,7 @@ def main() -> int:
         f"{seconds:.1f} s, {seconds / least:.2f} of forward, Hessians, Cholesky and forward ({least:.1f} s)", flush=True
     )
     if options.against:
-        other = in_fresh_process("theirs", *shape, threads=options.threads)
+        other = in_fresh_process("theirs", *shape, threads=options.threads, python=options.peer_python)
         result["llm-compressor seconds"], result["of llm-compressor"] = round(other, 2), round(seconds / other, 3)
         print(f"{other:.1f} s with llm-compressor: {seconds / other:.2f}", flush=True)
     if options.scaling:
