@@ -255,6 +255,10 @@ def _build(document: Document, name: str, overrides: Sequence[str], replaced: Ma
         place = document.where(("passes", index, passes[index].name)).removesuffix(": ")
         check.problems.append(f"{place or step_name(passes, index)} {sentence}")
     _requirements(check, passes, data, benchmark)
+    for index, step in enumerate(passes):
+        if step.needs_training and shell.residency == "disk":
+            sentence = f"{step.name} trains the whole model at once: use residency: memory, or leave it out."
+            check.problem(("passes", index, step.name), sentence)
     check.raise_problems()
     recipe = shell.model_copy(update=update)
     recipe._name, recipe._base = name, document.base
