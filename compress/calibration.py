@@ -1,11 +1,7 @@
-"""The calibration text on its way through the model, one block at a time.
+"""What a pass sees of the calibration text: it pulls, nothing is pushed at it.
 
-`CalibrationStream` captures what enters the first block, with every block replaced by a recorder that hands its input
-on (so that one forward gives each block's own keyword arguments and needs no block's weights), and is then advanced
-through the blocks one by one. `BlockCalibration` is what a pass sees of it: it pulls, nothing is pushed at it.
-
-A pass may ask for a second path as well (`BlockPass.needs_original`): the same text on its way through the model as
-the pass found it. Both paths start as the same tensors; the second one goes through each block as it came in.
+`BlockCalibration` is one block's view of a `CalibrationStream`: what enters the block and its layers, what it gives,
+and what the original model gives there, where the pass asks for that.
 """
 
 from __future__ import annotations
@@ -20,128 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.capture import Call, Capture, run_recorded, share
+from compress.capture import Call, Capture, run_recorded
 from compress.data import Windows
-from compress.errors import StartError
 from compress.model import Block, ModelHandle
-from compress.nn.kernels import cached
+from compress.stream import CalibrationStream, batches_of, called
 
 Observer = Callable[[torch.Tensor], None]
 PairObserver = Callable[[torch.Tensor, torch.Tensor], None]
-
-
-def _call(module: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-    out = module(hidden, *call.args, **call.kwargs)
-    return out[0] if isinstance(out, tuple) else out
-
-
-class CalibrationStream:
-    """The calibration batches as they stand before the block whose turn it is.
-
-    Holds one hidden state [batch, length, hidden] a batch, in the model's dtype, on the CPU between its uses; with
-    `original`, a second one: that of the model as it is now, which `advance` does not touch.
-    """
-
-    def __init__(self, model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048, original: bool = False):
-        if len(model.stacks) > 1:
-            names = ", ".join(stack.name for stack in model.stacks)
-            raise StartError(f"Calibrated passes take models with one stack of blocks; this one has {names}.")
-        self.model, self.windows, self.tokens_per_batch = model, windows, tokens_per_batch
-        self._returns_tuple: bool | None = None
-        self.hidden: list[torch.Tensor] = []
-        self.calls: list[list[Call]] = []
-        #: bool [batch, length] a batch, False on padding; None where there is none.
-        self.masks: list[torch.Tensor | None] = []
-        first = model.load(model.block_list()[0])
-        try:
-            for batch in self.batches():
-                self._capture(batch)
-        finally:
-            model.release(first)
-        #: The hidden states of the second path, None if there is none. Before the first block: the same tensors.
-        self.original: list[torch.Tensor] | None = list(self.hidden) if original else None
-
-    @torch.no_grad()
-    def _capture(self, batch: dict[str, torch.Tensor]) -> None:
-        capture = Capture(self._returns_tuple)
-        run_recorded(self.model, self.model.model.base_model, batch, capture)
-        self._returns_tuple = capture.returns_tuple
-        assert capture.first is not None
-        self.hidden.append(capture.first.cpu())
-        self.masks.append(batch["attention_mask"].bool() if "attention_mask" in batch else None)
-        calls = capture.calls
-        if self.calls:
-            calls = [
-                Call(share(call.args, old.args), share(call.kwargs, old.kwargs))
-                for call, old in zip(calls, self.calls[0], strict=True)
-            ]
-        self.calls.append(calls)
-
-    def inputs(self, block: Block) -> Iterator[tuple[torch.Tensor, Call]]:
-        """The block's input [batch, length, hidden] and call, batch by batch."""
-        for hidden, calls in zip(self.hidden, self.calls, strict=True):
-            yield hidden.to(self.model.device), calls[block.index]
-
-    @torch.no_grad()
-    def advance(self, block: Block, first: torch.Tensor | None = None) -> None:
-        """Pushes every batch through the block as it is now; packed layers are expanded once for all of them. `first`:
-        what it makes of the first batch, if known."""
-        with cached(block.module):
-            for index, (hidden, call) in enumerate(self.inputs(block)):
-                known = first if index == 0 else None
-                self.hidden[index] = (_call(block.module, hidden, call) if known is None else known).cpu()
-
-    @torch.no_grad()
-    def advance_original(self, block: Block, module: nn.Module | None = None) -> None:
-        """Pushes the second path, if there is one, through the block as it is now, or through `module` in its place."""
-        for index, hidden in enumerate(self.original or ()):
-            assert self.original is not None
-            out = _call(module or block.module, hidden.to(self.model.device), self.calls[index][block.index])
-            self.original[index] = out.cpu()
-
-    @torch.no_grad()
-    def push(self, block: Block, hidden: list[torch.Tensor]) -> None:
-        """Pushes hidden states [batch, length, hidden], one a batch of this text, through the block as it is now, and
-        puts what comes out in their place in the list."""
-        for index, state in enumerate(hidden):
-            hidden[index] = self.through(block, index, state.to(self.model.device)).cpu()
-
-    def through(self, block: Block, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the block makes of `hidden` [batch, length, hidden], called as it is for the batch at `index`."""
-        return _call(block.module, hidden, self.calls[index][block.index])
-
-    def outputs(self, hidden: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The model's logits (an encoder's last hidden state) [batch, length, width], batch by batch, where `hidden`
-        is what the last block gave."""
-        for state, batch in zip(hidden, self.batches(), strict=True):
-            capture = Capture(self._returns_tuple, substitute=state.to(self.model.device))
-            out = run_recorded(self.model, self.model.model, batch, capture)
-            yield out.logits if hasattr(out, "logits") else out.last_hidden_state
-
-    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """`input_ids`, and `attention_mask` where there is padding, batch by batch."""
-        return _batches(self.windows, self.tokens_per_batch)
-
-
-def _batches(windows: Windows, tokens_per_batch: int) -> Iterator[dict[str, torch.Tensor]]:
-    size = max(1, tokens_per_batch // windows.tokens.shape[1])
-    for start in range(0, len(windows.tokens), size):
-        batch = {"input_ids": windows.tokens[start : start + size]}
-        if windows.mask is not None:
-            batch["attention_mask"] = windows.mask[start : start + size].long()
-        yield batch
-
-
-@torch.no_grad()
-def stream_outputs(model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048) -> torch.Tensor:
-    """The model's logits (an encoder's last hidden state) [samples, length, width], with one block in memory.
-
-    Float32, on the CPU. This is the model as it stands under compression, whatever its residency.
-    """
-    stream = CalibrationStream(model, windows, tokens_per_batch)
-    for block in model.blocks():
-        stream.advance(block)
-    return torch.cat([out.float().cpu() for out in stream.outputs(stream.hidden)])
 
 
 class _Enough(Exception):
@@ -196,7 +77,7 @@ def trace_outside(model: ModelHandle, windows: Windows, names: Sequence[str]) ->
     capture = Capture(None)
     first = model.load(model.block_list()[0])
     try:
-        out = run_recorded(model, model.model, next(_batches(windows, windows.tokens.numel())), capture)
+        out = run_recorded(model, model.model, next(batches_of(windows, windows.tokens.numel())), capture)
     finally:
         model.release(first)
         for handle in handles:
@@ -225,7 +106,7 @@ class BlockCalibration:
 
     def _first_output(self) -> torch.Tensor:
         hidden, call = next(self.stream.inputs(self.block))
-        return _call(self.block.module, hidden, call)
+        return called(self.block.module, hidden, call)
 
     @torch.no_grad()
     def error(self) -> float:
@@ -252,11 +133,11 @@ class BlockCalibration:
 
     def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """What the block as it is now makes of hidden states [batch, length, hidden]; gradients flow."""
-        return _call(self.block.module, hidden, call)
+        return called(self.block.module, hidden, call)
 
     def original_forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """What the block as it came in makes of hidden states [batch, length, hidden]."""
-        return _call(self._kept_original(), hidden, call)
+        return called(self._kept_original(), hidden, call)
 
     def original_inputs(self) -> Iterator[torch.Tensor]:
         """What the block is given in the original model, [batch, length, hidden], in the order of `batches`.
@@ -325,7 +206,7 @@ class BlockCalibration:
     def output(self, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The block's output, as it is now, on the first batch with its input replaced by what `change` makes of it."""
         hidden, call = next(self.stream.inputs(self.block))
-        return _call(self.block.module, change(hidden), call)
+        return called(self.block.module, change(hidden), call)
 
     @torch.no_grad()
     def trace(self, names: Sequence[str]) -> Traced:
@@ -342,7 +223,7 @@ class BlockCalibration:
         try:
             with _hooked(self.block.module, {name: partial(inputs.setdefault, name) for name in names}):
                 hidden, call = next(self.stream.inputs(self.block))
-                result = _call(self.block.module, hidden, call)
+                result = called(self.block.module, hidden, call)
         finally:
             for handle in handles:
                 handle.remove()
@@ -410,7 +291,7 @@ class BlockCalibration:
                 raise _Enough
 
         with _hooked(module, {name: partial(give, name) for name in observers}), suppress(_Enough):
-            _call(module, hidden, call)
+            called(module, hidden, call)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compress.calibration import stream_outputs
 from compress.formats.folder import default_format, packed_export_note, write_model_folder
 from compress.measure.benchmark import generations, measure_compressed, measure_original
 from compress.measure.comparison import compare, original_figures
@@ -27,6 +26,7 @@ from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.reports.card import model_card
 from compress.reports.report import Report, Stage, Verified
+from compress.stream import stream_outputs
 from compress.workspace import Workspace
 
 

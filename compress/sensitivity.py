@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress.budget import VARIANTS_AT_ONCE, batch_tokens
-from compress.calibration import CalibrationStream
 from compress.data import Windows
 from compress.errors import StartError
 from compress.model import Block, Layer, ModelHandle
 from compress.progress import Step
+from compress.stream import CalibrationStream
 
 #: `weight [out, in]` of a layer as it would be at so many bits, in the layer's dtype.
 Rounded = Callable[[Layer, int], Tensor]

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compress.calibration import BlockCalibration, CalibrationStream
+from compress.calibration import BlockCalibration
 from compress.errors import CompressError, StartError
 from compress.model import Block, ModelHandle
 from compress.passes.base import Context, PassResult
+from compress.stream import CalibrationStream
 
 if TYPE_CHECKING:
     from compress.passes.base import BlockPass

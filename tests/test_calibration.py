@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from compress.calibration import BlockCalibration, CalibrationStream, stream_outputs
+from compress.calibration import BlockCalibration
 from compress.data import windows_from
 from compress.errors import StartError
 from compress.model import ModelHandle
+from compress.stream import CalibrationStream, stream_outputs
 from compress.testing import FAMILIES, outputs, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(samples=5, length=24)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.calibration import stream_outputs
 from compress.data import windows_from
 from compress.ends import find_ends
 from compress.errors import StartError
@@ -21,6 +20,7 @@ from compress.passes.gptq import GPTQ
 from compress.passes.rtn import RTN
 from compress.planning import plan
 from compress.recipe import Recipe
+from compress.stream import stream_outputs
 from compress.testing import FAMILIES, outputs, save_tiny, tiny_model, tiny_tokens
 from compress.workspace import Stage
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from compress.calibration import BlockCalibration, CalibrationStream
+from compress.calibration import BlockCalibration
 from compress.data import windows_from
 from compress.folding import Fold, find_folds
 from compress.model import Block, ModelHandle
+from compress.stream import CalibrationStream
 from compress.testing import FAMILIES, outputs, tiny_model, tiny_tokens
 
 LLAMA = {

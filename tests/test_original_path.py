@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.calibration import BlockCalibration, CalibrationStream
+from compress.calibration import BlockCalibration
 from compress.data import windows_from
 from compress.model import ModelHandle
 from compress.opening import open_model
@@ -12,6 +12,7 @@ from compress.passes.gptq import GPTQ
 from compress.passes.rtn import RTN
 from compress.passes.wanda import Wanda
 from compress.shapes import ModelShape
+from compress.stream import CalibrationStream
 from compress.testing import outputs, tiny_model, tiny_tokens
 from compress.walk import walk
 from compress.workspace import Stage

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compress.calibration import BlockCalibration, CalibrationStream
+from compress.calibration import BlockCalibration
 from compress.capture import Call
 from compress.data import Windows, windows_from
 from compress.errors import CompressError, StartError
@@ -31,6 +31,7 @@ from compress.maths.hadamard import Rotation
 from compress.model import Block, Layer
 from compress.passes.base import Context, Pass, PassResult
 from compress.residual import Ends, find_ends, is_norm, norm_offset, takes_mean
+from compress.stream import CalibrationStream
 from compress.walk import over_blocks
 
 if TYPE_CHECKING:
