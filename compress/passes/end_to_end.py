@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from compress.training import Group
 
 
+#: What importing transformers' Trainer and accelerate takes.
+TRAINER_BYTES = 90 << 20
+
+
 class EndToEndPass(Pass):
     """A pass that trains packed layers against the original model's logits."""
 
@@ -141,8 +145,9 @@ class EndToEndPass(Pass):
         return records
 
     def extra_bytes(self, shape: ModelShape) -> int:
-        """The original model, what is trained with its gradient and two moments of Adam, and a batch's activations."""
-        return shape.original_bytes + self.trained_bytes(shape) + self._activation_bytes(shape)
+        """The Trainer, the original model, what is trained with its gradient and two moments of Adam, and a batch's
+        activations."""
+        return TRAINER_BYTES + shape.original_bytes + self.trained_bytes(shape) + self._activation_bytes(shape)
 
     @abstractmethod
     def trained_bytes(self, shape: ModelShape) -> int:
