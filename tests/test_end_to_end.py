@@ -12,6 +12,7 @@ from compress.maths.divergence import kl_divergence
 from compress.nn.quant_linear import QuantLinear
 from compress.pipeline import run
 from compress.recipe import Recipe
+from compress.self_text import write_text
 from compress.testing import save_tiny, tiny_model, tiny_tokens
 
 TEXT = tiny_tokens(64, 32)
@@ -141,3 +142,28 @@ def test_evaluation_text_is_not_trained_on(folder, tmp_path):
     values = _values(folder, tmp_path / "out", data={"training": text, "evaluation": text}, benchmark={})
     with pytest.raises(StartError, match=r"data.training: 100% of the evaluation text is training text too"):
         run(values)
+
+
+def test_a_model_writes_whole_windows_the_same_for_a_seed_and_keeps_them(tmp_path):
+    model, first = tiny_model("llama"), torch.arange(3, 13)
+    kept = tmp_path / "written.safetensors"
+    written = write_text(model, first, 12, seed=5, title="test", kept=kept)
+    assert written.shape == (10, 12)
+    assert torch.equal(written[:, 0], first)
+    assert torch.equal(write_text(model, first, 12, seed=5, title="test"), written)
+    assert not torch.equal(write_text(model, first, 12, seed=6, title="test"), written)
+    assert torch.equal(write_text(model, first, 12, seed=6, title="test", kept=kept), written)
+
+
+def test_generated_text_is_trained_on_beside_the_text_at_hand(monkeypatch):
+    seen = []
+    inner = training.train
+
+    def spy(objective, groups, windows, *args, **options):
+        seen.append(windows.tokens)
+        return inner(objective, groups, windows, *args, **options)
+
+    monkeypatch.setattr(training, "train", spy)
+    compress.LLMQAT(tokens=512, generated=320)(_rounded(), training=TEXT, original=tiny_model("llama"))
+    assert seen[0].shape == (64 + 10, 32)
+    assert torch.equal(seen[0][:64], TEXT)

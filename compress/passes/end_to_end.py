@@ -47,6 +47,12 @@ class EndToEndPass(Pass):
     tokens: int = Field(
         default=1_000_000, ge=1, description="Tokens of training text to see, text seen again counted again."
     )
+    generated: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens that the original model writes itself, added to the training text: what is little is else "
+        "learnt by heart.",
+    )
     batch_size: int = Field(default=8, ge=1, description="Windows of text in a step.")
     scale_learning_rate: float = Field(
         default=3e-3, gt=0, le=1, description="Peak learning rate of scales, in units of a layer's mean scale."
@@ -73,6 +79,7 @@ class EndToEndPass(Pass):
         from compress.training import Group, Schedule, bf16_is_fast, train
 
         windows, teacher, layers = self._needed(model, context)
+        windows = self._with_written(windows, teacher, context)
         trained = {name: self.trained(layer, "sparse" in model.states) for name, layer in layers.items()}
         norms = {name: nn.Parameter(p.detach().float()) for name, p in self._norms(model).items()}
         groups = [group for layer in trained.values() for group in self.groups(layer)]
@@ -116,6 +123,22 @@ class EndToEndPass(Pass):
         if not layers:
             raise StartError(f"{self.name} trains packed layers, and this model has none: round it first.")
         return context.training, context.original(), layers
+
+    def _with_written(self, windows: Windows, teacher: PreTrainedModel, context: Context) -> Windows:
+        """The training text, and what the original model writes from tokens drawn from it."""
+        from compress.data import windows_from
+        from compress.self_text import write_text
+
+        if not self.generated:
+            return windows
+        if windows.mask is not None:
+            raise StartError(f"{self.name}: generated text comes in whole windows: leave out `pack: false`.")
+        count = max(1, self.generated // windows.length)
+        draw = torch.Generator().manual_seed(context.seed)
+        first = windows.tokens.flatten()[torch.randint(0, windows.tokens.numel(), (count,), generator=draw)]
+        kept = context.stage.folder / "written.safetensors" if context.stage else None
+        written = write_text(teacher, first, windows.length, context.seed, self.name, context.progress, kept)
+        return windows_from(torch.cat([windows.tokens, written]), None)
 
     def _norms(self, model: ModelHandle) -> dict[str, nn.Parameter]:
         """The norms' weights: all vectors but the biases of matrices."""

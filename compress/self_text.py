@@ -1,0 +1,59 @@
+"""Text that a model writes itself, to be trained on: as much as is wanted, of the very distribution that is to be kept.
+
+Liu et al. 2023 (LLM-QAT, arXiv 2305.17888, section 2.1) generate all of their training text so. Here it is added to the
+text at hand: a small text seen many times is learnt by heart, text seen once is not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress.progress import Progress
+
+#: Bytes of keys and values that the windows written side by side may take.
+CACHE_BUDGET = 256 << 20
+
+
+@torch.no_grad()
+def write_text(
+    model: PreTrainedModel, first: Tensor, length: int, seed: int, title: str, progress: Progress | None = None,
+    kept: Path | None = None,
+) -> Tensor:  # fmt: skip
+    """Windows of token ids [n, length] (int64) sampled from the model's own distribution, temperature 1; window `i`
+    begins with `first[i]` ([n], int64). An end of text does not end a window: the next text follows, as in packed
+    windows. `kept`: a file to keep them in, and to take them from if it is there."""
+    if kept is not None and kept.exists():
+        return load_file(kept)["tokens"]
+    batch = max(1, min(len(first), CACHE_BUDGET // (length * _cache_bytes(model))))
+    parts = []
+    starts = range(0, len(first), batch)
+    with (progress or Progress()).step(f"{title}: writing text", total=len(starts)) as step:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in starts:
+                prompt = first[start : start + batch, None].to(model.device)
+                written = model.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                    max_new_tokens=length - 1, min_new_tokens=length - 1, eos_token_id=[], pad_token_id=0,
+                )  # fmt: skip
+                parts.append(written.cpu())
+                step.advance()
+    tokens = torch.cat(parts)
+    if kept is not None:
+        partial = kept.with_suffix(".partial")
+        save_file({"tokens": tokens}, partial)
+        partial.rename(kept)
+    return tokens
+
+
+def _cache_bytes(model: PreTrainedModel) -> int:
+    """Of the keys and values of one token."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * width * model.dtype.itemsize)
