@@ -32,17 +32,18 @@ def write_text(
     batch = max(1, min(len(first), CACHE_BUDGET // (length * _cache_bytes(model))))
     parts = []
     starts = range(0, len(first), batch)
-    with (progress or Progress()).step(f"{title}: writing text", total=len(starts)) as step:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for start in starts:
-                prompt = first[start : start + batch, None].to(model.device)
-                written = model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                    max_new_tokens=length - 1, min_new_tokens=length - 1, eos_token_id=[], pad_token_id=0,
-                )  # fmt: skip
-                parts.append(written.cpu())
-                step.advance()
+    devices = [model.device] if model.device.type == "cuda" else []
+    showing = (progress or Progress()).step(f"{title}: writing text", total=len(starts))
+    with showing as step, torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in starts:
+            prompt = first[start : start + batch, None].to(model.device)
+            written = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=length - 1, min_new_tokens=length - 1, eos_token_id=[], pad_token_id=0,
+            )  # fmt: skip
+            parts.append(written.cpu())
+            step.advance()
     tokens = torch.cat(parts)
     if kept is not None:
         partial = kept.with_suffix(".partial")
