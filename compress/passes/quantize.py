@@ -33,8 +33,8 @@ class Quantize(Pass):
 
     preset: Literal["fast", "balanced", "best"] = Field(
         default="balanced",
-        description="fast: rtn. balanced: autoround. best: gptq, then llm_qat on data.training and on text that the model "
-        "writes itself (a third of `tokens`).",
+        description="fast: rtn. balanced: autoround. best: gptq, then llm_qat on data.training and on text that the "
+        "model writes itself (a third of `tokens`).",
     )
     bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits of each weight.")
     group_size: int = Field(
