@@ -18,12 +18,19 @@ if TYPE_CHECKING:
     from compress.errors import CompressError as CompressError
     from compress.loading import load as load
     from compress.passes.autoround import AutoRound as AutoRound
+    from compress.passes.awq import AWQ as AWQ
+    from compress.passes.bnb import Bnb as Bnb
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
+    from compress.passes.fp8 import FP8 as FP8
     from compress.passes.gptq import GPTQ as GPTQ
+    from compress.passes.hqq import HQQ as HQQ
+    from compress.passes.kv_cache import KVCache as KVCache
     from compress.passes.llm_qat import LLMQAT as LLMQAT
     from compress.passes.magnitude import Magnitude as Magnitude
     from compress.passes.quantize import Quantize as Quantize
+    from compress.passes.rotate import Rotate as Rotate
     from compress.passes.rtn import RTN as RTN
+    from compress.passes.smoothquant import SmoothQuant as SmoothQuant
     from compress.passes.wanda import Wanda as Wanda
     from compress.pipeline import run as run
     from compress.planning import plan as plan
@@ -33,16 +40,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AWQ": "compress.passes.awq",
     "AutoRound": "compress.passes.autoround",
+    "Bnb": "compress.passes.bnb",
     "CompressError": "compress.errors",
     "EfficientQAT": "compress.passes.efficientqat",
+    "FP8": "compress.passes.fp8",
     "GPTQ": "compress.passes.gptq",
+    "HQQ": "compress.passes.hqq",
+    "KVCache": "compress.passes.kv_cache",
     "LLMQAT": "compress.passes.llm_qat",
     "Magnitude": "compress.passes.magnitude",
     "Quantize": "compress.passes.quantize",
     "RTN": "compress.passes.rtn",
     "Recipe": "compress.recipe",
     "Report": "compress.reports.report",
+    "Rotate": "compress.passes.rotate",
+    "SmoothQuant": "compress.passes.smoothquant",
     "Wanda": "compress.passes.wanda",
     "benchmark": "compress.comparing",
     "load": "compress.loading",

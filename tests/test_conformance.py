@@ -52,3 +52,11 @@ def test_check_pass_fails_for_a_pass_that_changes_nothing():
 
     with pytest.raises(AssertionError, match="changed nothing"):
         check_pass(Idle())
+
+
+@pytest.mark.parametrize("name", PASS_NAMES)
+def test_the_class_of_the_pass_is_a_public_name(name):
+    import compress
+
+    cls = PASSES.get(name)
+    assert getattr(compress, cls.__name__) is cls
