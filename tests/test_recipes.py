@@ -9,8 +9,6 @@ from compress.recipe import Recipe
 from compress.testing import save_tiny
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-#: What each leaves: the widths of its packed weights, or None where they are not integers.
-SHORTER = {"tokens": 256, "iterations": 2}
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +23,8 @@ def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, tmp_path):
     for role in ("calibration", "training", "evaluation"):
         if role == "calibration" or getattr(asked.data, role) is not None:
             overrides += [f"data.{role}.source=builtin:tiny", f"data.{role}.samples=8", f"data.{role}.length=32"]
-    text = path.read_text()
-    for name in ("quantize",):
-        if f"- {name}:" in text and "tokens" in text:
-            overrides.append(f"passes.{name}.tokens=512")
+    if "- quantize:" in path.read_text():
+        overrides.append("passes.quantize.tokens=512")
     recipe = Recipe.load(path, overrides, model=str(stand_in), output=str(tmp_path / "run"))
     report = compress.run(recipe)
     assert report.verified.reloaded
