@@ -16,7 +16,7 @@ quickstart: setup
 	$(BIN)/compress run recipes/quickstart.yaml
 
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,7 +121,9 @@ def test_other_formats_give_the_tensors_that_transformers_makes(form, double, wi
 
 
 @needs_bitsandbytes
-def test_a_continued_run_and_one_from_disk_give_the_same_folder(finished, wide_folder, tmp_path, monkeypatch):
+def test_a_continued_run_and_one_from_disk_give_the_same_folder(
+    finished, wide_folder, tmp_path, monkeypatch, unverified
+):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -243,11 +244,3 @@ def test_formats_of_integer_grids_refuse_it_and_it_refuses_them(wide_folder, tmp
 def test_an_unknown_format_is_refused_as_the_recipe_is_read(wide_folder, tmp_path):
     with pytest.raises(RecipeError, match="allowed: nf4, fp4, int8"):
         Recipe.from_dict(recipe(wide_folder, tmp_path / "out", format="int4"))
-
-
-@needs_bitsandbytes
-def test_the_ready_recipe_runs(tmp_path):
-    file = Path(__file__).parents[1] / "recipes" / "nf4-bitsandbytes.yaml"
-    report = run(Recipe.load(file, ["benchmark=false"], output=str(tmp_path / "out")))
-    assert report.verified.reloaded
-    assert report.stages[0].coverage == 1.0

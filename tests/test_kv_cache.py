@@ -97,7 +97,7 @@ def test_plain_transformers_reads_the_folder_as_ever(folders):
     assert out.shape[1] > 8
 
 
-def test_a_continued_run_gives_the_same_folder(folders, tiny_folder, tmp_path, monkeypatch):
+def test_a_continued_run_gives_the_same_folder(folders, tiny_folder, tmp_path, monkeypatch, unverified):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
