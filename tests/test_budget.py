@@ -388,3 +388,20 @@ def test_a_killed_run_with_a_budget_and_a_rounded_embedding_ends_with_the_same_b
     assert report.stages[0].measurements == whole.stages[0].measurements
     assert whole.verified.max_logit_difference == 0.0
     assert any("model.embed_tokens" in note for note in whole.notes)
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "hqq", "autoround"])
+def test_every_rounding_pass_gives_a_layer_the_bits_that_the_budget_gave_it(name):
+    from compress.registry import PASSES
+    from compress.testing import small_options, tiny_model, tiny_tokens
+
+    cls = PASSES.get(name)
+    options = {**small_options(cls), "bits": {"average": 3.0, "choices": [2, 4]}, "sensitivity": "fisher"}
+    model = tiny_model("llama")
+    result = cls(**options)(model, calibration=tiny_tokens())
+    reported = {
+        f"{block['name']}.{layer}": entry["bits"] for block in result.blocks for layer, entry in block["layers"].items()
+    }
+    packed = {name: module.spec.bits for name, module in model.named_modules() if hasattr(module, "weight_packed")}
+    assert reported == packed
+    assert set(packed.values()) == {2, 4}

@@ -91,7 +91,8 @@ class AutoRound(RoundingPass):
             "bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric, "targets": self.targets,
             "skip": self.skip,
         }  # fmt: skip
-        return GPTQ(**options) if self.start == "gptq" else RTN(**options)
+        start = GPTQ(**options) if self.start == "gptq" else RTN(**options)
+        return start if self._allocation is None else start.allocated(self._allocation)
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         if calibration is None:

@@ -165,12 +165,12 @@ class AWQ(RoundingPass):
         scales: list[Tensor | None] = []
         for stage, seen in zip(stages, inputs, strict=True):
             found = self._scale(block, [layers[name] for name in stage], seen, folds.get(stage[0]))
-            entry: dict[str, Any] = {"bits": self.bits}
+            entry: dict[str, Any] = {}
             if found is not None:
                 entry |= {"exponent": found.exponent, "gain": found.gain}
             elif stage[0] in refused:
                 entry["not_scaled"] = refused[stage[0]]
-            report |= {name: dict(entry) for name in stage}
+            report |= {name: {"bits": self.grid_of(layers[name]).bits, **entry} for name in stage}
             scales.append(None if found is None else found.values)
         for stage, seen, scale in zip(stages, inputs, scales, strict=True):
             self._round({name: layers[name] for name in stage}, seen, scale, report)
