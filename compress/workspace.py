@@ -47,6 +47,13 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if not path.exists():
+        write_json(path, make())
+    result: dict[str, Any] = read_json(path)
+    return result
+
+
 class Stage:
     """The blocks that one pass has finished: a safetensors file and a record for each; and likewise, where the pass
     changes them, the tensors that belong to no block."""
@@ -127,11 +134,7 @@ class Stage:
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result kept under `name`; made and kept if it is not there yet."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            write_json(path, make())
-        result: dict[str, Any] = read_json(path)
-        return result
+        return _once(self.folder / f"{name}.json", make)
 
     def holds_blocks(self) -> bool:
         """Whether the finished blocks can still be read."""
@@ -231,11 +234,7 @@ class Workspace:
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result kept under `name`; made and kept if it is not there yet."""
-        path = self.hidden / f"{name}.json"
-        if not path.exists():
-            write_json(path, make())
-        result: dict[str, Any] = read_json(path)
-        return result
+        return _once(self.hidden / f"{name}.json", make)
 
     def remove_intermediate(self) -> None:
         """Frees what only an unfinished run needs."""
