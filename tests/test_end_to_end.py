@@ -166,3 +166,12 @@ def test_generated_text_is_trained_on_beside_the_text_at_hand(monkeypatch):
     compress.LLMQAT(tokens=512, generated=320)(_rounded(), training=TEXT, original=tiny_model("llama"))
     assert seen[0].shape == (64 + 10, 32)
     assert torch.equal(seen[0][:64], TEXT)
+
+
+@pytest.mark.parametrize("before", ["smoothquant", "fp8", {"bnb": {"format": "int8"}}])
+def test_layers_that_are_not_packed_integers_are_refused_by_the_plan(before, folder, tmp_path):
+    values = _values(folder, tmp_path / "out")
+    values["data"]["calibration"] = values["data"]["training"]
+    values["passes"][0] = before
+    with pytest.raises(StartError, match=r"llm_qat trains packed integers .* is stored in another way"):
+        compress.plan(Recipe.from_dict(values))

@@ -115,6 +115,15 @@ class EndToEndPass(Pass):
             raise StartError(f"{self.name} learns from the original model: give original=... (a model or its folder).")
         if not model.resident:
             raise StartError(f"{self.name} trains the whole model at once: use residency: memory.")
+        layers = self._layers(model)
+        return context.training, context.original(), layers
+
+    def reshape(self, model: ModelHandle) -> None:
+        """Nothing changes its shape; a model that cannot be trained is refused by the plan already."""
+        self._layers(model)
+
+    def _layers(self, model: ModelHandle) -> dict[str, QuantLinear]:
+        """The packed layers in the blocks, by their names; StartError where there are none, or others as well."""
         layers = {
             f"{block.name}.{name}": block.module.get_submodule(name)
             for block in model.block_list()
@@ -122,7 +131,13 @@ class EndToEndPass(Pass):
         }
         if not layers:
             raise StartError(f"{self.name} trains packed layers, and this model has none: round it first.")
-        return context.training, context.original(), layers
+        for name, layer in layers.items():
+            if type(layer) is not QuantLinear or layer.spec.stored != "packed":
+                raise StartError(
+                    f"{self.name} trains packed integers of 2 to 8 bits with scales, as gptq and other rounding passes "
+                    f"leave them, and {name} is stored in another way (smoothquant, fp8, bnb): leave one of the two out."
+                )
+        return layers
 
     def _with_written(self, windows: Windows, teacher: PreTrainedModel, context: Context) -> Windows:
         """The training text, and what the original model writes from tokens drawn from it."""
