@@ -135,7 +135,7 @@ class EndToEndPass(Pass):
             if type(layer) is not QuantLinear or layer.spec.stored != "packed":
                 raise StartError(
                     f"{self.name} trains packed integers of 2 to 8 bits with scales, as gptq and other rounding passes "
-                    f"leave them, and {name} is stored in another way (smoothquant, fp8, bnb): leave one of the two out."
+                    f"leave them, and {name} is stored in another way (smoothquant, fp8, bnb): leave one out."
                 )
         return layers
 
