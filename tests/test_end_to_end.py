@@ -175,3 +175,20 @@ def test_layers_that_are_not_packed_integers_are_refused_by_the_plan(before, fol
     values["passes"][0] = before
     with pytest.raises(StartError, match=r"llm_qat trains packed integers .* is stored in another way"):
         compress.plan(Recipe.from_dict(values))
+
+
+def test_a_run_killed_after_training_keeps_the_trained_norms_outside_the_blocks(
+    folder, tmp_path, monkeypatch, unverified
+):
+    run(_values(folder, tmp_path / "whole"))
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.pipeline._export", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(_values(folder, tmp_path / "killed"))
+    run(_values(folder, tmp_path / "killed"))
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
