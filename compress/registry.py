@@ -85,6 +85,7 @@ PASSES = Registry(
         "autoround": "compress.passes.autoround:AutoRound",
         "awq": "compress.passes.awq:AWQ",
         "bnb": "compress.passes.bnb:Bnb",
+        "depth": "compress.passes.depth:Depth",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",
         "fp8": "compress.passes.fp8:FP8",
         "gptq": "compress.passes.gptq:GPTQ",
