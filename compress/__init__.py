@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compress.passes.bnb import Bnb as Bnb
     from compress.passes.depth import Depth as Depth
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
+    from compress.passes.experts import Experts as Experts
     from compress.passes.fp8 import FP8 as FP8
     from compress.passes.gptq import GPTQ as GPTQ
     from compress.passes.hqq import HQQ as HQQ
@@ -47,6 +48,7 @@ _PUBLIC = {
     "CompressError": "compress.errors",
     "Depth": "compress.passes.depth",
     "EfficientQAT": "compress.passes.efficientqat",
+    "Experts": "compress.passes.experts",
     "FP8": "compress.passes.fp8",
     "GPTQ": "compress.passes.gptq",
     "HQQ": "compress.passes.hqq",

@@ -87,6 +87,7 @@ PASSES = Registry(
         "bnb": "compress.passes.bnb:Bnb",
         "depth": "compress.passes.depth:Depth",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",
+        "experts": "compress.passes.experts:Experts",
         "fp8": "compress.passes.fp8:FP8",
         "gptq": "compress.passes.gptq:GPTQ",
         "hqq": "compress.passes.hqq:HQQ",

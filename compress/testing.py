@@ -63,6 +63,11 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
     "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "norm_topk_prob": True},
+    ),
     "bert": ("BertConfig", _COMMON),
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
@@ -122,6 +127,8 @@ def small_options(cls: type[Pass]) -> dict[str, Any]:
         return {"format": "int8"}
     if cls.name == "depth":
         return {"layers": 2}
+    if cls.name == "experts":
+        return {"experts": 3}
     small = {"group_size": 16, "tokens": 512, "iterations": 10, "preset": "fast"}
     return {name: value for name, value in small.items() if name in cls.model_fields}
 

@@ -672,3 +672,33 @@ def fisher_diagonal(model, weight, tokens):
         total += torch.autograd.grad(likelihood, weight)[0].double() ** 2
     weight.requires_grad_(False)
     return total / len(tokens) / (tokens.shape[1] - 1)
+
+
+def router_use(logits, k):
+    """Soft counts of experts: float64 [experts]. `logits`: the router's [tokens, experts].
+
+    Each token goes to the k experts of the highest probability, and these probabilities are made to add up to one.
+    """
+    total = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for row in logits.detach().double():
+        probability = row.exp() / row.exp().sum()
+        best = sorted(range(len(row)), key=lambda e: -float(probability[e]))[:k]
+        mass = sum(float(probability[e]) for e in best)
+        for e in best:
+            total[e] += float(probability[e]) / mass
+    return total
+
+
+def router_weighted_outputs(logits, k, given):
+    """For each expert, the mean over its tokens of its gate times the norm of what it gives: float64 [experts].
+    `given`: what every expert gives for every token [experts, tokens, hidden]."""
+    total = torch.zeros(logits.shape[1], dtype=torch.float64)
+    count = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for token, row in enumerate(logits.detach().double()):
+        probability = row.exp() / row.exp().sum()
+        best = sorted(range(len(row)), key=lambda e: -float(probability[e]))[:k]
+        mass = sum(float(probability[e]) for e in best)
+        for e in best:
+            total[e] += float(probability[e]) / mass * float(given[e, token].detach().double().square().sum().sqrt())
+            count[e] += 1
+    return total / count.clamp_min(1)

@@ -39,7 +39,7 @@ class StructuralPass(Pass):
         take_shape(model, self.smaller_config(model.model))
 
     def extra_bytes(self, shape: Any) -> int | None:
-        """Nothing beside the model, unless the pass says otherwise."""
+        """`shape`: as the pass finds the model. Nothing beside the model, unless the pass says otherwise."""
         return 0
 
 
