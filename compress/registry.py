@@ -98,6 +98,7 @@ PASSES = Registry(
         "rotate": "compress.passes.rotate:Rotate",
         "rtn": "compress.passes.rtn:RTN",
         "smoothquant": "compress.passes.smoothquant:SmoothQuant",
+        "vocab": "compress.passes.vocab:Vocab",
         "wanda": "compress.passes.wanda:Wanda",
     },
     "compress.passes",
