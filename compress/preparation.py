@@ -130,7 +130,7 @@ def recipe_texts(
 
 def _fingerprints_of_documents(recipe: Recipe) -> dict[str, str]:
     """What tells the texts that a pass reads as a whole from others: the content of their files."""
-    found = {}
+    found: dict[str, str] = {}
     for index, step in enumerate(recipe.passes):
         named = {f"passes.{index}.{step.name}.{option}": getattr(step, option) for option in step.sources}
         if step.needs_documents and step.takes_calibration and recipe.data.training is not None:

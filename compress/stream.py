@@ -23,7 +23,6 @@ from compress.errors import StartError
 from compress.model import Block, ModelHandle
 from compress.nn.kernels import cached
 
-
 Watcher = Callable[[nn.Module, tuple[Any, ...], torch.Tensor | None], None]
 
 

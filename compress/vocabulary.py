@@ -1,11 +1,11 @@
-"""A tokenizer with fewer tokens: its `tokenizer.json` is cut so that text made of the tokens that stay is encoded to the
-same pieces.
+"""A tokenizer with fewer tokens: its `tokenizer.json` is cut so that text made of the tokens that stay is encoded to
+the same pieces.
 
-BPE merges the pair of the lowest rank again and again. Where every merge that a text needed is still there, and no other
-was added, each step finds the same pair, so the pieces are the same: a token stays together with those that lead to it
-(`Pieces.needs`). WordPiece takes the longest piece that fits and Unigram the likeliest way through the text: with fewer
-pieces to choose from, of which the old choice is one, both choose it again. All other text falls back on the tokens
-that always stay: the bytes, the characters of the pieces, the unknown token.
+BPE merges the pair of the lowest rank again and again. Where every merge that a text needed is still there, and no
+other was added, each step finds the same pair, so the pieces are the same: a token stays together with those that lead
+to it (`Pieces.needs`). WordPiece takes the longest piece that fits and Unigram the likeliest way through the text: with
+fewer pieces to choose from, of which the old choice is one, both choose it again. All other text falls back on the
+tokens that always stay: the bytes, the characters of the pieces, the unknown token.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ class Pieces:
         symbols = self._characters(token)
         found = {token, *symbols}
         while self.kind == "BPE" and len(symbols) > 1:
-            ranked = [(self._ranks.get(pair), place) for place, pair in enumerate(zip(symbols, symbols[1:], strict=False))]
-            best = min((found for found in ranked if found[0] is not None), default=None)
+            pairs = enumerate(pairwise(symbols))
+            best = min(((self._ranks[pair], place) for place, pair in pairs if pair in self._ranks), default=None)
             if best is None:
                 break
             place = best[1]
@@ -107,7 +108,9 @@ class Pieces:
         ends = bool(self._suffix) and token.endswith(self._suffix) and token != self._suffix
         body = token.removeprefix(self._prefix) if inside else token
         body = body.removesuffix(self._suffix) if ends else body
-        marked = [character if index == 0 and not inside else self._prefix + character for index, character in enumerate(body)]
+        marked = [
+            character if index == 0 and not inside else self._prefix + character for index, character in enumerate(body)
+        ]
         return [*marked[:-1], marked[-1] + self._suffix] if ends and marked else marked
 
     def order(self, kept: Iterable[int], rows: int) -> list[int]:
@@ -151,7 +154,7 @@ def _second(entry: tuple[str, int]) -> int:
 def _framing(processor: Any) -> Iterator[int]:
     """The ids that a post-processor of `tokenizer.json` names."""
     for entry in _places(processor):
-        yield from entry
+        yield from (index for index in entry if isinstance(index, int))
 
 
 def _renumber(processor: Any, new: Mapping[int, int]) -> None:
@@ -238,8 +241,8 @@ def read_cut(folder: Path, like: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def expansion(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> list[list[int]] | None:
-    """For each id of `old`, the ids that stand for it in `new`: one where the token is there still, else the pieces that
-    `new` makes of it. None where `new` is no cut of `old`: it has tokens of its own, or the same ones."""
+    """For each id of `old`, the ids that stand for it in `new`: one where the token is there still, else the pieces
+    that `new` makes of it. None where `new` is no cut of `old`: it has tokens of its own, or the same ones."""
     before, after = old.get_vocab(), new.get_vocab()
     if before == after or any(token not in before for token in after):
         return None

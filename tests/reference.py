@@ -702,3 +702,21 @@ def router_weighted_outputs(logits, k, given):
             total[e] += float(probability[e]) / mass * float(given[e, token].detach().double().square().sum().sqrt())
             count[e] += 1
     return total / count.clamp_min(1)
+
+
+def bpe_steps(token, merges):
+    """Every symbol there is while byte-pair encoding writes a token: its characters, and each merge's result.
+
+    Sennrich, Haddow and Birch, 2016: of the pairs that stand side by side, the one that was learnt first is merged.
+    """
+    symbols = list(token)
+    seen = set(symbols)
+    while True:
+        pairs = [(symbols[i], symbols[i + 1]) for i in range(len(symbols) - 1)]
+        known = [merges.index(pair) for pair in pairs if pair in merges]
+        if not known:
+            return seen
+        first, second = merges[min(known)]
+        i = pairs.index((first, second))
+        symbols = [*symbols[:i], first + second, *symbols[i + 2 :]]
+        seen.add(first + second)

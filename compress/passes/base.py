@@ -62,7 +62,8 @@ class PassResult:
 
     `blocks` has one entry a block (name, relative error, what the pass says of each layer); `coverage` is the share
     of all weights of matrices inside the blocks that the pass changed; `measurements` is the pass's own account. A pass
-    that removes tokens gives the new `tokenizer` (None if it was given none) and `kept_tokens`: for each new id, the old.
+    that removes tokens gives the new `tokenizer` (None if it was given none), and in `kept_tokens` the old id of each
+    new one.
     """
 
     model: Any

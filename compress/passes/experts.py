@@ -45,7 +45,7 @@ def gate_mass(chosen: Tensor, gates: Tensor, experts: int) -> Tensor:
 
 def weighted_outputs(chosen: Tensor, gates: Tensor, experts: int, output: Callable[[int, Tensor], Tensor]) -> Tensor:
     """For each expert, its gate times the norm of what it gives, summed over the tokens that it is given: float64
-    `[experts]`. `output(expert, tokens)` is what an expert gives `[n, hidden]` for the tokens at these indices `[n]`."""
+    `[experts]`. `output(expert, tokens)`: what an expert gives `[n, hidden]` for the tokens at these indices `[n]`."""
     total = torch.zeros(experts, dtype=torch.float64, device=gates.device)
     for expert in range(experts):
         token, place = torch.where(chosen == expert)
@@ -65,7 +65,7 @@ class Experts(StructuralPass):
     experts: int | None = Field(default=None, ge=1, description="How many experts shall remain in each block.")
     amount: Annotated[float, BeforeValidator(parse_sparsity), Field(gt=0, lt=1)] | None = Field(
         default=None,
-        description='Instead of a number: the share of the blocks\' parameters to remove, 0.25 or "25%"; at least this.',
+        description="Instead of a number: the least share of the blocks' parameters to remove, as 0.25 or 25%.",
     )
     importance: Literal["use", "output"] = Field(
         default="use",

@@ -63,7 +63,9 @@ def choose(
     kept: set[int] = set()
     for index in always:
         kept |= needs(index)
-    order = sorted((i for i in torch.nonzero(counts >= min_count).flatten().tolist()), key=lambda i: (-int(counts[i]), i))
+    order = sorted(
+        (i for i in torch.nonzero(counts >= min_count).flatten().tolist()), key=lambda i: (-int(counts[i]), i)
+    )
     if most is None:
         for index in order:
             kept |= needs(index)
@@ -324,9 +326,7 @@ def _refuse_moved_padding(model: PreTrainedModel, order: list[int]) -> None:
         )
 
 
-def _encoded(
-    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[str], list[list[int]]]]:
+def _encoded(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[str], list[list[int]]]]:
     """Documents, some at a time, and their ids without special tokens."""
     while batch := list(islice(texts, _BATCH)):
         yield batch, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
