@@ -720,3 +720,26 @@ def bpe_steps(token, merges):
         i = pairs.index((first, second))
         symbols = [*symbols[:i], first + second, *symbols[i + 2 :]]
         seen.add(first + second)
+
+
+def two_vocabularies(model, small, window, table, shared):
+    """(nll of the new pieces, KL, agreements, original's mass on shared tokens), summed over the window's places but
+    the first, from whole distributions, a place at a time. The text of a place: all pieces of the tokens up to it."""
+
+    def chances(asked, text):
+        logits = asked(input_ids=torch.tensor([text])).logits[0, -1].detach().double()
+        return [float(p) for p in logits.exp() / logits.exp().sum()]
+
+    nll = kl = agreements = mass = 0.0
+    for place in range(1, len(window)):
+        text = [piece for token in window[:place] for piece in table[token]]
+        p, q = chances(model, window[:place]), chances(small, text)
+        left, right = sum(p[old] for old, _ in shared), sum(q[new] for _, new in shared)
+        kl += sum(p[old] / left * math.log((p[old] / left) / (q[new] / right)) for old, new in shared)
+        likeliest = max(shared, key=lambda pair: q[pair[1]])[0]
+        agreements += likeliest == max(range(len(p)), key=lambda index: p[index])
+        mass += left
+        for piece in table[window[place]]:
+            nll -= math.log(chances(small, text)[piece])
+            text = [*text, piece]
+    return nll, kl, agreements, mass

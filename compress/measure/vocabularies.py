@@ -61,9 +61,10 @@ def paired_windows(
             if mask is not None and not mask[index, at]:
                 break
             pieces = table[token] if token < len(table) else []
-            if not pieces or (context is not None and len(row) + len(pieces) > context):
-                left_out += 1
-                continue
+            if context is not None and len(row) + len(pieces) > context:
+                left_out += len(window) - at if mask is None else int(mask[index, at:].sum())
+                break
+            left_out += not pieces
             row += pieces
             place += [at] * len(pieces)
         rows.append(row)
@@ -71,7 +72,7 @@ def paired_windows(
     width = max(map(len, rows))
     filled = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     token_of = torch.tensor([place + [-1] * (width - len(place)) for place in places])
-    return Pairing(filled, token_of, torch.tensor(shared).T.contiguous(), left_out)
+    return Pairing(filled, token_of, torch.tensor(shared).reshape(-1, 2).mT.contiguous(), left_out)
 
 
 def paired_scores(
