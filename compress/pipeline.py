@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from compress.fewer_tokens import keep_tokens, renumber_generation
 from compress.formats.folder import default_format, packed_export_note, write_model_folder
 from compress.measure.benchmark import generations, measure_compressed, measure_original
 from compress.measure.comparison import compare, original_figures
@@ -22,7 +23,6 @@ from compress.measure.verification import verify
 from compress.model import ModelHandle
 from compress.opening import check_weights, open_model
 from compress.passes.base import Context, Pass, PassResult
-from compress.passes.vocab import keep_tokens, renumber_generation
 from compress.preparation import Prepared, prepare, recipe_texts, retokenised
 from compress.progress import Progress
 from compress.recipe import Recipe

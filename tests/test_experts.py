@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,7 +7,10 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.data import windows_from
 from compress.errors import StartError
+from compress.model import ModelHandle
+from compress.passes.base import Context
 from compress.passes.experts import gate_mass, weighted_outputs
 from compress.pipeline import run
 from compress.recipe import Recipe
@@ -143,3 +148,14 @@ def test_one_target_must_be_given(options):
 def test_a_model_without_experts_is_refused():
     with pytest.raises(StartError, match="experts: it removes experts, and this model is no mixture of experts"):
         compress.Experts(experts=2)(tiny_model("llama"), calibration=tiny_tokens())
+
+
+def test_padding_is_no_use_of_an_expert():
+    tokens, mask = tiny_tokens(2, 8), torch.arange(8) < torch.tensor([[8], [5]])
+
+    def use(ids, mask=None):
+        context = Context(calibration=replace(windows_from(ids, None), mask=mask))
+        found = compress.Experts(experts=3).run(ModelHandle.wrap(tiny_model("mixtral")), context).measurements
+        return torch.tensor(found["importance"])
+
+    assert torch.allclose(use(tokens, mask), use(tokens[:1]) + use(tokens[1:, :5]), atol=1e-4)

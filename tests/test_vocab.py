@@ -2,7 +2,15 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import compress
 from compress.errors import CompressError, StartError
@@ -48,20 +56,33 @@ def test_the_tokens_that_stay_get_the_logits_they_had(family):
 
 
 def test_a_heads_bias_is_cut_with_its_rows():
-    model = tiny_model("llama", tie_word_embeddings=False)
-    model.lm_head.bias = torch.nn.Parameter(torch.randn(96))
-    from compress.testing import tiny_model as make
-
-    bert = make("bert")
-    from transformers import BertForMaskedLM
-
-    masked = BertForMaskedLM(bert.config).eval()
-    masked.cls.predictions.bias.data.normal_()
+    model = BertForMaskedLM(tiny_model("bert").config).eval()
+    model.cls.predictions.bias.data.normal_()
     tokens = tiny_tokens()[:, :12]
-    before = outputs(masked, tokens)
-    kept = compress.Vocab()(masked, calibration=tokens).kept_tokens
-    assert masked.cls.predictions.bias.shape == (len(kept),)
-    assert torch.equal(outputs(masked, renumbered(tokens, kept)), before[..., kept])
+    before = outputs(model, tokens)
+    kept = compress.Vocab()(model, calibration=tokens).kept_tokens
+    assert model.cls.predictions.bias.shape == (len(kept),)
+    assert torch.equal(outputs(model, renumbered(tokens, kept)), before[..., kept])
+
+
+def test_both_stacks_of_an_encoder_decoder_read_the_cut_table():
+    config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=5)
+    model, tokens = T5ForConditionalGeneration(config).eval(), tiny_tokens()[:, :12]
+    with torch.no_grad():
+        before = model(input_ids=tokens, decoder_input_ids=tokens[:, :4]).logits
+    kept = compress.Vocab()(model, calibration=tokens).kept_tokens
+    new = renumbered(tokens, kept)
+    with torch.no_grad():
+        after = model(input_ids=new, decoder_input_ids=new[:, :4]).logits
+    assert torch.equal(after, before[..., kept])
+    assert kept[model.config.decoder_start_token_id] == 5
+    assert kept[model.generation_config.decoder_start_token_id] == 5
+
+
+def test_a_table_as_wide_as_it_is_long_is_cut_by_its_rows():
+    model, before, tokens = (*(tiny_model(vocab_size=96, hidden_size=96) for _ in range(2)), tiny_tokens()[:, :12])
+    kept = compress.Vocab()(model, calibration=tokens).kept_tokens
+    assert torch.equal(outputs(model, renumbered(tokens, kept)), outputs(before, tokens)[..., kept])
 
 
 def test_text_of_the_domain_gives_the_same_pieces_and_logits():
@@ -143,7 +164,7 @@ def test_a_run_killed_after_it_ends_with_the_same_bytes(folder, tmp_path, reside
         raise KeyboardInterrupt
 
     for where in (
-        "compress.workspace.write_json", "compress.passes.vocab.keep_smaller",
+        "compress.workspace.write_json", "compress.fewer_tokens.keep_smaller",
         "compress.passes.gptq.GPTQ.compress_block", "compress.pipeline._export",
     ):  # fmt: skip
         with monkeypatch.context() as patch:
@@ -248,8 +269,6 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused():
 
 
 def test_positions_counted_from_the_padding_token_keep_it_in_its_place():
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
     config = RobertaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=66, pad_token_id=5, bos_token_id=0, eos_token_id=2,

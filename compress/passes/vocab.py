@@ -8,8 +8,7 @@ the tokens that the corpora of the wanted languages use stay. Here merges and th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -19,22 +18,19 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.errors import CompressError, StartError
+from compress.fewer_tokens import keep_tokens, named_ids, rows_of, with_tokens
 from compress.passes.base import Context, PassResult
-from compress.passes.structural import StructuralPass, keep_smaller
+from compress.passes.structural import StructuralPass
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from compress.model import Block, ModelHandle
+    from compress.model import ModelHandle
 
 #: Documents encoded at once.
 _BATCH = 64
 #: Python's objects for one token and its merge, while `tokenizer.json` is read and cut: measured, bytes.
 _TOKEN_BYTES = 1500
-#: Lists of ids in a generation config of which a part may leave.
-_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
-_NESTED = ("force_words_ids", "sequence_bias")
-_FORCED = "forced_decoder_ids"  # pairs of a position and an id
 
 
 def rounded_up(count: int, multiple: int) -> int:
@@ -127,27 +123,27 @@ class Vocab(StructuralPass):
         return None
 
     def smaller_config(self, model: PreTrainedModel) -> PretrainedConfig:
-        rows = _rows(model)
+        rows = rows_of(model)
         if self.keep == "used":
             return model.config
         size = rounded_up(self.keep, self.multiple)
         if size >= rows:
             asked = f"vocab: keep: {self.keep}, in multiples of {self.multiple}"
             raise StartError(f"{asked}, leaves nothing to remove: the model has {rows} tokens.")
-        return _with_tokens(model.config, {old: min(old, size - 1) for old in range(rows)}, size)
+        return with_tokens(model.config, {old: min(old, size - 1) for old in range(rows)}, size)
 
     def plan_note(self) -> str:
         return "the size is an upper bound: which tokens the text uses is counted" if self.keep == "used" else ""
 
     def extra_bytes(self, shape: Any) -> int | None:
         """The tables cut, beside the old ones, and the tokenizer's content."""
-        return int(shape.outside_bytes) + _TOKEN_BYTES * _rows(shape.handle.model)
+        return int(shape.outside_bytes) + _TOKEN_BYTES * rows_of(shape.handle.model)
 
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         from compress.reshaping import parameters_of
 
         self.smaller_config(model.model)
-        rows, before = _rows(model.model), parameters_of(model.model)
+        rows, before = rows_of(model.model), parameters_of(model.model)
         kept = context.stage.read_kept_tokens() if context.stage else None
         if kept is None:
             kept = self._kept(model, context, rows)
@@ -164,7 +160,7 @@ class Vocab(StructuralPass):
         """The old ids of the tokens that stay, in the order of their new ones."""
         from compress.vocabulary import pieces_of, template_tokens
 
-        named = _named_ids(model.config, model.model.generation_config if model.model.can_generate() else None)
+        named = named_ids(model.config, model.model.generation_config if model.model.can_generate() else None)
         always = {index for index in named if index < rows}
         counts = self._counts(context, rows)
         most = None if self.keep == "used" else self.keep
@@ -221,103 +217,9 @@ class Vocab(StructuralPass):
             return read_cut(Path(folder) / "tokenizer", context.tokenizer)
 
 
-def keep_tokens(model: ModelHandle, kept: list[int], context: Context | None = None) -> list[dict[str, Any]]:
-    """Cuts the model's tables to the rows `kept` (ids, in their new order); every tensor outside the blocks with a
-    dimension of tokens is one. Returns the blocks' records."""
-    from compress.reshaping import empty_model
-
-    config = _with_tokens(model.config, {old: new for new, old in enumerate(kept)}, len(kept))
-    rows = _rows(model.model)
-    shapes = {name: tensor.shape for name, tensor in empty_model(model.model, config).state_dict().items()}
-    outside = {}
-    for name, tensor in model.outside().items():
-        if name in shapes and tensor.shape != shapes[name]:
-            place = list(tensor.shape).index(rows)
-            outside[name] = tensor.index_select(place, torch.tensor(kept, device=tensor.device))
-    records = keep_smaller(model, context or Context(), config, _drawn(model), outside)
-    renumber_generation(model.model, kept)
-    return records
-
-
-def renumber_generation(model: PreTrainedModel, kept: list[int]) -> None:
-    """Gives the ids in a model's generation config their new numbers."""
-    if model.can_generate():
-        _renumber(model.generation_config, {old: new for new, old in enumerate(kept)})
-
-
-def _drawn(model: ModelHandle) -> Iterator[tuple[Block, dict[str, Any]]]:
-    for block in model.blocks():
-        yield block, {"name": block.name, "error": None}
-
-
-def _rows(model: PreTrainedModel) -> int:
-    rows: int = model.get_input_embeddings().weight.shape[0]
-    return rows
-
-
-def _with_tokens(config: PretrainedConfig, new: Mapping[int, int], size: int) -> PretrainedConfig:
-    config = deepcopy(config)
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        if hasattr(part, "vocab_size"):
-            part.vocab_size = size
-        _renumber(part, new)
-    return config
-
-
-def _renumber(config: PretrainedConfig | GenerationConfig, new: Mapping[int, int]) -> None:
-    """Gives ids in a config their new numbers. Ids outside the old vocabulary stay as they are."""
-    for key, value in list(vars(config).items()):
-        if value is None:
-            continue
-        if key == _FORCED:
-            setattr(config, key, [[place, new.get(index, index)] for place, index in value])
-        elif _is_id(key) or key in _NESTED:
-            setattr(config, key, _mapped(value, new))
-        elif key in _LISTS:
-            left = [entry for entry in value if all(index in new for index in _ids(entry))]
-            setattr(config, key, _mapped(left, new))
-
-
-def _is_id(key: str) -> bool:
-    return key.endswith(("_token_id", "_token_ids"))
-
-
-def _mapped(value: Any, new: Mapping[int, int]) -> Any:
-    if isinstance(value, bool) or value is None or isinstance(value, float | str):
-        return value
-    if isinstance(value, int):
-        return new.get(value, value)
-    if isinstance(value, dict):
-        return {_mapped(key, new): item for key, item in value.items()}
-    return type(value)(_mapped(item, new) for item in value)
-
-
-def _ids(value: Any) -> Iterator[int]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _ids(item)
-    elif isinstance(value, dict):
-        for key in value:
-            yield from _ids(key)
-
-
-def _named_ids(config: PretrainedConfig, generation: GenerationConfig | None) -> set[int]:
-    """The ids that a model's configs name."""
-    found: set[int] = set()
-    for part in (config, config.get_text_config(), generation):
-        for key, value in vars(part).items() if part is not None else ():
-            if value is not None and (_is_id(key) or key in _NESTED):
-                found |= set(_ids(value))
-            elif value is not None and key == _FORCED:
-                found |= {index for _, index in value}
-    return {index for index in found if index >= 0}
-
-
 def _refuse_moved_padding(model: PreTrainedModel, order: list[int]) -> None:
     """Where positions are counted on from the padding token's id (RoBERTa), that id has to stay."""
-    pad, rows = model.config.get_text_config().pad_token_id, _rows(model)
+    pad, rows = model.config.get_text_config().pad_token_id, rows_of(model)
     tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings != rows]
     if any(m.padding_idx is not None for m in tables) and pad is not None and pad < rows and order.index(pad) != pad:
         raise CompressError(
