@@ -724,7 +724,8 @@ def bpe_steps(token, merges):
 
 def two_vocabularies(model, small, window, table, shared):
     """(nll of the new pieces, KL, agreements, original's mass on shared tokens), summed over the window's places but
-    the first, from whole distributions, a place at a time. The text of a place: all pieces of the tokens up to it."""
+    the first, from whole distributions, a place at a time. The text of a place: all pieces of the tokens up to it. A
+    token without pieces is no place."""
 
     def chances(asked, text):
         logits = asked(input_ids=torch.tensor([text])).logits[0, -1].detach().double()
@@ -733,6 +734,8 @@ def two_vocabularies(model, small, window, table, shared):
     nll = kl = agreements = mass = 0.0
     for place in range(1, len(window)):
         text = [piece for token in window[:place] for piece in table[token]]
+        if not table[window[place]] or not text:
+            continue
         p, q = chances(model, window[:place]), chances(small, text)
         left, right = sum(p[old] for old, _ in shared), sum(q[new] for _, new in shared)
         kl += sum(p[old] / left * math.log((p[old] / left) / (q[new] / right)) for old, new in shared)

@@ -30,7 +30,9 @@ def _model(family="llama", **changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocab")
-    _model().save_pretrained(folder / "model")
+    model = _model()
+    model.generation_config.suppress_tokens = [310, 371]
+    model.save_pretrained(folder / "model")
     byte_level().save_pretrained(folder / "model")
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOMAIN * 8))
     (folder / "other.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT * 4))

@@ -204,6 +204,23 @@ def test_the_words_of_a_chat_template_are_found():
     assert {*ids(tokenizer, "the user"), *ids(tokenizer, "river")} <= template_tokens(tokenizer)
 
 
+def test_every_place_that_names_an_id_is_renumbered():
+    template = {"type": "TemplateProcessing", "special_tokens": {"c": {"id": "c", "ids": [2], "tokens": ["c"]}}}
+    bert = {"type": "BertProcessing", "sep": ["d", 3], "cls": ["c", 2]}
+    spec = {
+        "model": {"type": "Unigram", "vocab": [["a", -1], ["b", -9], ["c", -2], ["d", -3], ["e", 0]], "unk_id": 4},
+        "post_processor": {"type": "Sequence", "processors": [template, bert]}, "padding": {"pad_id": 3},
+    }  # fmt: skip
+    pieces = Pieces(spec)
+    assert pieces.always() == {1, 2, 3, 4}  # the least likely, both of the frame, the unknown one
+    new = pieces.cut([1, 2, 3, 4])
+    assert [piece for piece, _ in new["model"]["vocab"]] == ["b", "c", "d", "e"]
+    assert (new["model"]["unk_id"], new["padding"]["pad_id"]) == (3, 2)
+    first, second = new["post_processor"]["processors"]
+    assert (first["special_tokens"]["c"]["ids"], second["sep"], second["cls"]) == ([1], ["d", 2], ["c", 1])
+    assert spec["model"]["unk_id"] == 4
+
+
 def test_a_tokenizer_without_the_tokenizers_library_is_refused():
     with pytest.raises(StartError, match=r"has no tokenizer\.json"):
         pieces_of(object())
