@@ -96,6 +96,7 @@ PASSES = Registry(
         "rotate": "compress.passes.rotate:Rotate",
         "rtn": "compress.passes.rtn:RTN",
         "smoothquant": "compress.passes.smoothquant:SmoothQuant",
+        "sparsegpt": "compress.passes.sparsegpt:SparseGPT",
         "wanda": "compress.passes.wanda:Wanda",
     },
     "compress.passes",

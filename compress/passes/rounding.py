@@ -30,13 +30,6 @@ Bits = Annotated[
 ]
 
 
-def hessian_sizes(layers: Sequence[LayerShape]) -> list[int]:
-    """Bytes of a block's Hessians, float32. Which layers share an input, shapes do not say: those of one shape are
-    taken to, as q, k and v do; where o has it too, that is one too few, and the layers with the most columns outweigh
-    it."""
-    return list({(layer.inputs, layer.outputs): 4 * layer.inputs**2 for layer in layers}.values())
-
-
 class RoundingPass(BlockPass):
     """A block pass that leaves integer codes, and scales of 16 bits, in groups of neighbouring columns."""
 

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.maths.masks import check_columns, keep_mask
-from compress.passes.base import BlockPass, LayerShape
-from compress.passes.magnitude import Pattern, Sparsity, one_target, pruned
+from compress.maths.masks import keep_mask
+from compress.passes.base import LayerShape
+from compress.passes.pruning import PruningPass, pruned
 
 if TYPE_CHECKING:
     from compress.calibration import BlockCalibration
@@ -53,30 +52,11 @@ class ColumnNorms:
         return self._squares.sqrt().float()
 
 
-class Wanda(BlockPass):
+class Wanda(PruningPass):
     """Set the weights with the smallest magnitude times input norm to zero, row by row."""
 
     name: ClassVar[str] = "wanda"
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
-    leaves: ClassVar[str] = "sparse"
     needs_calibration: ClassVar[bool] = True
-
-    sparsity: Sparsity | None = Field(
-        default=None,
-        description='Share of each row\'s weights to set to zero, 0.5 or "50%"; 0.5 if no pattern is given.',
-    )
-    pattern: Pattern | None = Field(
-        default=None, description='Instead of a share: "2:4" keeps 2 of every 4 neighbours in a row. Quote it.'
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_target(cls, options: Any) -> Any:
-        return one_target(options)
-
-    def spec_of(self, layer: LayerShape) -> None:
-        """Stays dense. StartError if the pattern does not divide the columns."""
-        check_columns(self.pattern, layer.inputs)
 
     def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """One batch of the widest layer's input in float32, which is a copy where the model computes in 16 bits."""
@@ -107,7 +87,7 @@ class Wanda(BlockPass):
         """A layer that no token reached is pruned by magnitude alone, and says so."""
         weight = layer.weight
         scores = wanda_scores(weight, inputs.norms) if inputs.count else weight.float().abs()
-        keep = keep_mask(weight, scores, self.sparsity, self.pattern, per="row")
+        keep = keep_mask(weight, scores, self.rate_of(layer), self.pattern, per="row")
         weight, entry = pruned(weight, keep, scores)
         layer.set_weight(weight)
         if inputs.count:
