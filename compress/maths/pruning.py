@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from compress.maths.feedback import Factor, Sweep
-from compress.maths.hessian import mean_diagonal
 from compress.maths.masks import nm_mask, unstructured_mask
 
 
@@ -86,26 +85,39 @@ def round_down(count: float) -> int:
     return int(round(count, 6))
 
 
-def refit(weight: Tensor, pruned: Tensor, keep: Tensor, hessian: Tensor, damping: float, iterations: int) -> Tensor:
-    """The weights `[out, in]` at the places that `keep` leaves that give the least `(w - q) (H + damping) (w - q)^T` in
-    every row, from `pruned` on by so many steps of conjugate gradients with the diagonal as preconditioner.
+def keep_parts(scores: Tensor, parts: Sequence[tuple[int, float]], pattern: str | None, empty: Tensor) -> Tensor:
+    """The mask (True: kept) of layers that are stacked on each other, `[out, in]`: of each its share of zeros, counted
+    over the layer, or all by the pattern. Where `empty` says so a weight goes first, whatever is asked for."""
+    scores = scores.masked_fill(empty, -torch.inf)
+    if pattern is not None:
+        n, m = map(int, pattern.split(":"))
+        return nm_mask(scores, n, m) & ~empty
+    rows = [count for count, _ in parts]
+    masks = [
+        unstructured_mask(part, share, "layer") for part, (_, share) in zip(scores.split(rows), parts, strict=True)
+    ]
+    return torch.cat(masks) & ~empty
 
-    Meng et al.: "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", 2024, arXiv
-    2406.07831, section 3.3. Everything in the dtype of `hessian`. A column whose diagonal is 0 stays as it is.
+
+def refit(aim: Tensor, pruned: Tensor, keep: Tensor, hessian: Tensor, ridge: float, steps: int) -> Tensor:
+    """The weights `q` `[out, in]`, zero where `keep` is False, that come nearest to `q (H + ridge) = aim` at the places
+    that are left, from `pruned` on by so many steps of conjugate gradients with the diagonal as preconditioner.
+
+    With `aim = w (H + ridge)` that is the least `(w - q) (H + ridge) (w - q)^T` in every row. All in the dtype of
+    `hessian`. A column whose diagonal is 0 stays as it is.
     """
-    ridge = damping * mean_diagonal(hessian)
-    inverse = hessian.diagonal() + ridge
-    inverse = torch.where(hessian.diagonal() == 0, 0.0, 1.0 / inverse)
+    diagonal = hessian.diagonal() + ridge
+    inverse = torch.where(hessian.diagonal() == 0, 0.0, 1.0 / diagonal)
     kept = keep.to(hessian.dtype)
 
     def product(w: Tensor) -> Tensor:
         return torch.addmm(ridge * w, w, hessian)
 
     result = pruned.to(hessian.dtype, copy=True)
-    residual = product(weight.to(hessian.dtype) - result).mul_(kept)
+    residual = (aim - product(result)).mul_(kept)
     step = residual * inverse
     size = torch.linalg.vecdot(residual, step)
-    for _ in range(iterations):
+    for _ in range(steps):
         image = product(step).mul_(kept)
         curvature = torch.linalg.vecdot(step, image)
         length = torch.where(curvature > 0, size / curvature, 0.0).unsqueeze(1)

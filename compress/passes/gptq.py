@@ -30,7 +30,7 @@ from compress.maths.feedback import Factor, factorise, round_columns
 from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params
 from compress.maths.hessian import NotPositiveDefinite, mean_diagonal, quadratic_form
 from compress.passes.base import LayerShape
-from compress.passes.hessians import Inputs, hessian_bytes, input_copy, observed_stages
+from compress.passes.hessians import Inputs, hessian_bytes, observed_stages, observing_bytes
 from compress.passes.rounding import RoundingPass
 from compress.passes.rtn import relative_weight_error, round_to_nearest
 
@@ -161,13 +161,8 @@ class GPTQ(RoundingPass):
         return self.propagation == "gptaq"
 
     def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """The Hessians, and one batch of the layer's input, which is a copy where the model computes in 16 bits; for
-        GPTAQ, the same again for the products with the original's inputs, and a batch of these for all layers."""
-        held, copies = hessian_bytes(layers, self.true_sequential), input_copy(layers, tokens_per_batch)
-        if not self.needs_original:
-            return held + copies
-        kept: dict[tuple[int, int], int] = {(it.inputs, it.outputs): it.inputs * it.dtype.itemsize for it in layers}
-        return 2 * (held + copies) + tokens_per_batch * sum(kept.values())
+        """What is gathered of the inputs; for GPTAQ, on both paths."""
+        return observing_bytes(layers, tokens_per_batch, self.true_sequential, self.needs_original)
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """Tables in float32, the larger of two moments. Factorising: the reordered Hessian and its Cholesky factor (for

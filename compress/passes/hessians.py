@@ -28,9 +28,17 @@ def hessian_bytes(layers: Sequence[LayerShape], sequential: bool) -> int:
     return max(sizes, default=0) if sequential else sum(sizes)
 
 
-def input_copy(layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-    """Bytes of one batch of the widest layer's input in float32: a copy where the model computes in 16 bits."""
-    return max((4 * tokens_per_batch * layer.inputs for layer in layers if layer.dtype.itemsize < 4), default=0)
+def observing_bytes(
+    layers: Sequence[LayerShape], tokens_per_batch: int, sequential: bool, original: bool = False
+) -> int:
+    """The Hessians, and one batch of the layer's input, which is a copy where the model computes in 16 bits; with the
+    original path, the same again for the products with the original's inputs, and a batch of these for all layers."""
+    copies = max((4 * tokens_per_batch * layer.inputs for layer in layers if layer.dtype.itemsize < 4), default=0)
+    held = hessian_bytes(layers, sequential) + copies
+    if not original:
+        return held
+    kept: dict[tuple[int, int], int] = {(it.inputs, it.outputs): it.inputs * it.dtype.itemsize for it in layers}
+    return 2 * held + tokens_per_batch * sum(kept.values())
 
 
 class Inputs:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
+import torch
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from torch import Tensor
 
-from compress.maths.masks import check_columns, parse_pattern, parse_sparsity
+from compress.errors import CompressError
+from compress.maths.hessian import NotPositiveDefinite
+from compress.maths.masks import check_columns, keep_mask, parse_pattern, parse_sparsity
 from compress.passes.base import BlockPass, LayerShape
+from compress.passes.hessians import Inputs, hessian_bytes, observed_stages, observing_bytes
 
 if TYPE_CHECKING:
-    from compress.model import Layer
+    from compress.calibration import BlockCalibration
+    from compress.model import Block, Layer
 
 Sparsity = Annotated[float, BeforeValidator(parse_sparsity), Field(ge=0, lt=1)]
 Pattern = Annotated[str, BeforeValidator(parse_pattern)]
@@ -70,3 +77,103 @@ class PruningPass(BlockPass):
         copy = self.model_copy()
         copy._rates = rates
         return copy
+
+    def by_magnitude(self, layer: Layer, trouble: str) -> dict[str, Any]:
+        """What is left where a layer's inputs do not help; what to report of it."""
+        weight = layer.weight
+        scores = weight.float().abs()
+        weight, entry = pruned(weight, keep_mask(weight, scores, self.rate_of(layer), self.pattern), scores)
+        layer.set_weight(weight)
+        return {**entry, "fallback": f"magnitude: {trouble}"}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned weight, in the dtype of the Hessian, `[out, in]`, with exact zeros where `keep` is False. lost, size:
+    squared error of each output, and its square, `[out]`, on the tokens of the Hessian. said: for the report."""
+
+    weight: Tensor
+    keep: Tensor
+    lost: Tensor
+    size: Tensor
+    said: dict[str, Any]
+
+
+class HessianPruning(PruningPass):
+    """A pruning pass that solves for the layers of one input together, from the Hessian of that input."""
+
+    needs_calibration: ClassVar[bool] = True
+
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        le=1,
+        description="Share of the Hessian's mean diagonal added to it; where that is too little for a factorisation it "
+        "rises tenfold, up to 1.",
+    )
+    true_sequential: bool = Field(
+        default=False,
+        description="Look at the inputs of o_proj only when q, k and v are pruned, and so on: slower, less memory.",
+    )
+
+    @abstractmethod
+    def solve(self, weight: Tensor, shares: list[tuple[int, float]], seen: Inputs) -> Pruned:
+        """Prunes `weight` `[out, in]`, layers stacked on each other: `shares` has the outputs and the share of zeros of
+        each. NotPositiveDefinite where that cannot be."""
+
+    @abstractmethod
+    def solving_bytes(self, inputs: int, rows: int) -> int:
+        """Peak of what `solve` allocates beside the Hessian, for so many columns and outputs in all."""
+
+    def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+        """The Hessians, and one batch of the layer's input, which is a copy where the model computes in 16 bits; with
+        the original path, the same again, and a batch of its inputs for all layers."""
+        return observing_bytes(layers, tokens_per_batch, self.true_sequential, self.needs_original)
+
+    def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
+        """Beside what is held of the inputs, solving for the layers of one, taken to be those of one shape, with their
+        weights stacked."""
+        together: dict[tuple[int, int], int] = {}
+        for layer in layers:
+            shape = (layer.inputs, layer.outputs)
+            together[shape] = together.get(shape, 0) + layer.outputs
+        stacked = max((layer.dtype.itemsize for layer in layers), default=0)
+        most = max(
+            (self.solving_bytes(inputs, rows) + stacked * inputs * rows for (inputs, _), rows in together.items()),
+            default=0,
+        )
+        return (1 + self.needs_original) * hessian_bytes(layers, self.true_sequential) + most
+
+    def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
+        """All inputs from one run of the block as it came in; with `true_sequential`, a run for each stage of it."""
+        if calibration is None:
+            raise CompressError(f"{self.name} needs calibration text")
+        layers = block.layers(self.targets, self.skip)
+        report: dict[str, Any] = {}
+        for stage, seen in observed_stages(layers, calibration, self.true_sequential, self.needs_original):
+            report |= self._prune_stage(list(stage.values()), seen)
+        return {"layers": report}
+
+    def _prune_stage(self, layers: list[Layer], seen: Inputs) -> dict[str, Any]:
+        """Prunes the layers of one input; what to report of each."""
+        trouble = "no calibration token reached the layer"
+        if seen.hessian.count:
+            weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
+            try:
+                result = self.solve(weight, [(len(layer.weight), self.rate_of(layer) or 0.0) for layer in layers], seen)
+                return self._set(layers, result)
+            except NotPositiveDefinite as error:
+                trouble = str(error)
+        return {layer.name: self.by_magnitude(layer, trouble) for layer in layers}
+
+    def _set(self, layers: list[Layer], result: Pruned) -> dict[str, Any]:
+        report, start = {}, 0
+        for layer in layers:
+            rows = slice(start, start + len(layer.weight))
+            start = rows.stop
+            weight = result.weight[rows].to(layer.dtype)
+            size, lost = float(result.size[rows].sum()), max(float(result.lost[rows].sum()), 0.0)
+            zeros = float((weight == 0).float().mean())
+            report[layer.name] = {"sparsity": zeros, "loss": lost / size if size > 0 else 0.0, **result.said}
+            layer.set_weight(weight)
+        return report
