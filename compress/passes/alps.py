@@ -1,9 +1,9 @@
 """ALPS: which weights are zero, and what the others are, found together for a whole layer.
 
 Meng, Behdin, Wang, Mazumder: "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
-Models", 2024, arXiv 2406.07831. The least `|W X - Q X|^2` with `Q` sparse is split (ADMM, algorithm 1): one copy answers
-to the Hessian, the other to the mask, and a price `V` draws them together while its weight `rho` grows; the mask is
-chosen anew in each step. The weights are then solved for under the last mask by conjugate gradients (section 3.3).
+Models", 2024, arXiv 2406.07831. The least `|W X - Q X|^2` with `Q` sparse is split (ADMM, algorithm 1): one copy of `Q`
+answers to the Hessian, the other to the mask, and a price `V` draws them together while its weight `rho` grows; the
+mask is chosen anew in each step. Under the last mask the weights are solved for by conjugate gradients (section 3.3).
 Columns are scaled beforehand so that the Hessian's diagonal is 1.
 
 A worked example: one row `w = (1.0, 0.9)`, `H = [[2, 1], [1, 2]]`, half of it to be zero. Scaled, the row is `(1.41,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from compress.maths.masks import keep_mask
 from compress.passes.base import LayerShape
@@ -29,6 +30,13 @@ class Magnitude(PruningPass):
         default="layer",
         description="Where a share is counted: over the whole layer, or in each row (output) by itself.",
     )
+
+    @property
+    def counted_per(self) -> str:
+        return self.scope
+
+    def scores(self, weight: Tensor, norms: Tensor | None) -> Tensor:
+        return weight.float().abs()
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """Scores in float32, again without what is zero already, what selecting in them copies (12 bytes a weight),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
@@ -14,12 +15,13 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.maths.hessian import NotPositiveDefinite
 from compress.maths.masks import check_columns, keep_mask, parse_pattern, parse_sparsity
-from compress.passes.base import BlockPass, LayerShape
+from compress.passes.base import BlockPass, Context, LayerShape, PassResult
 from compress.passes.hessians import Inputs, hessian_bytes, observed_stages, observing_bytes
 
 if TYPE_CHECKING:
     from compress.calibration import BlockCalibration
-    from compress.model import Block, Layer
+    from compress.model import Block, Layer, ModelHandle
+    from compress.shapes import ModelShape
 
 Sparsity = Annotated[float, BeforeValidator(parse_sparsity), Field(ge=0, lt=1)]
 Pattern = Annotated[str, BeforeValidator(parse_pattern)]
@@ -47,7 +49,19 @@ class PruningPass(BlockPass):
         default=None, description='Instead of a share: "2:4" keeps 2 of every 4 neighbours in a row. Quote it.'
     )
 
-    #: `block.layer` -> share of zeros, in the copy of a pass with an allocation that does the work.
+    allocation: Literal["uniform", "owl", "measured"] = Field(
+        default="uniform",
+        description="Which blocks get how much of `sparsity`. uniform: all the same; owl: fewer zeros where more "
+        "scores are outliers; measured: each block is pruned alone and the output compared. Not with a pattern.",
+    )
+    max_deviation: float = Field(
+        default=0.08,
+        gt=0,
+        le=1,
+        description="How far a block's share of zeros may lie from `sparsity`, where allocation is not uniform.",
+    )
+
+    #: Block -> share of zeros, in the copy of a pass with an allocation that does the work.
     _rates: Mapping[str, float] | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
@@ -62,6 +76,32 @@ class PruningPass(BlockPass):
             raise ValueError("sparsity and pattern exclude each other: the pattern says how many weights stay")
         return options
 
+    @model_validator(mode="after")
+    def _something_to_share(self) -> Self:
+        if self.pattern is not None and self.allocation != "uniform":
+            raise ValueError(
+                f"allocation is {self.allocation}, and pattern {self.pattern} leaves the same zeros everywhere: give a "
+                "sparsity instead, or leave allocation out"
+            )
+        return self
+
+    @property
+    def takes_calibration(self) -> bool:
+        """Of a pass without data, what an allocation is measured on."""
+        return self.needs_calibration or self.allocation != "uniform"
+
+    @property
+    def counted_per(self) -> str:
+        """Where a share is counted when zeros are tried out: "row" or "layer"."""
+        return "row"
+
+    def scores(self, weight: Tensor, norms: Tensor | None) -> Tensor:
+        """What stands in for the pass when zeros are tried out, `[out, in]`: the lowest go first. `norms`: l2 norms of
+        the input's columns, None where no token reached the layer."""
+        from compress.passes.wanda import wanda_scores
+
+        return weight.float().abs() if norms is None else wanda_scores(weight, norms)
+
     def spec_of(self, layer: LayerShape) -> None:
         """Stays dense. StartError if the pattern does not divide the columns."""
         check_columns(self.pattern, layer.inputs)
@@ -70,13 +110,40 @@ class PruningPass(BlockPass):
         """The share of zeros of this layer; None where a pattern says it."""
         if self._rates is None or layer.block is None:
             return self.sparsity
-        return self._rates[f"{layer.block.name}.{layer.name}"]
+        return self._rates[layer.block.name]
 
     def allocated(self, rates: Mapping[str, float]) -> Self:
-        """The same pass, with a share of zeros for each layer (`block.layer`)."""
+        """The same pass, with a share of zeros for each block, by name."""
         copy = self.model_copy()
         copy._rates = rates
         return copy
+
+    def run(self, model: ModelHandle, context: Context) -> PassResult:
+        """The rates of an allocation are measured once: a continued run takes what the stage has."""
+        from compress.sparsity import choose_rates
+        from compress.walk import check_coverage, walk
+
+        if self.allocation == "uniform" or self.sparsity is None:
+            return walk(self, model, context)
+        check_coverage(self, model, context.min_coverage)
+        measure = partial(choose_rates, self, self.sparsity, model, context)
+        account = measure() if context.stage is None else context.stage.once("allocation", measure)
+        result = walk(self.allocated(account["rates"]), model, context)
+        return PassResult(model, result.blocks, result.coverage, {**result.measurements, "allocation": account})
+
+    def preparing_bytes(self, shape: ModelShape, layers: Sequence[Sequence[LayerShape]], length: int) -> int:
+        """With an allocation: hidden states of the text (measured: of every rate side by side, then of candidates), and
+        zeros tried out in one block. Of one layer at a time: scores in float32, twice, and selecting in them."""
+        if self.allocation == "uniform":
+            return 0
+        from compress.budget import measuring_bytes
+        from compress.sparsity import STEPS
+
+        size: int = shape.dtype.itemsize
+        in_block = max(sum(layer.outputs * layer.inputs for layer in block) for block in layers)
+        largest = max(layer.outputs * layer.inputs for block in layers for layer in block)
+        copies = len(STEPS) + 3 if self.allocation == "measured" else 2
+        return measuring_bytes(shape, length, copies, size * in_block + 26 * largest)
 
     def by_magnitude(self, layer: Layer, trouble: str) -> dict[str, Any]:
         """What is left where a layer's inputs do not help; what to report of it."""

@@ -7,7 +7,7 @@ that output least, if inputs were uncorrelated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -52,6 +52,20 @@ class ColumnNorms:
         return self._squares.sqrt().float()
 
 
+def observed_norms(layers: Mapping[str, Layer], calibration: BlockCalibration) -> dict[str, ColumnNorms]:
+    """What one run of the block as it is shows of each layer's input."""
+    stages = calibration.stages(list(layers))
+    unseen = [name for name in layers if not any(name in stage for stage in stages)]
+    inputs: dict[str, ColumnNorms] = {}
+    for stage in [*stages, *([name] for name in unseen)]:
+        weight = layers[stage[0]].weight
+        inputs |= dict.fromkeys(stage, ColumnNorms(weight.shape[1], weight.device))
+    calibration.observe({stage[0]: inputs[stage[0]].add for stage in stages})
+    for name in unseen:  # the stages are those of one batch; another may reach these layers as well
+        calibration.observe({name: inputs[name].add})
+    return inputs
+
+
 class Wanda(PruningPass):
     """Set the weights with the smallest magnitude times input norm to zero, row by row."""
 
@@ -72,15 +86,7 @@ class Wanda(PruningPass):
         if calibration is None:
             raise CompressError("wanda needs calibration text")
         layers = block.layers(self.targets, self.skip)
-        stages = calibration.stages(list(layers))
-        unseen = [name for name in layers if not any(name in stage for stage in stages)]
-        inputs: dict[str, ColumnNorms] = {}
-        for stage in [*stages, *([name] for name in unseen)]:
-            weight = layers[stage[0]].weight
-            inputs |= dict.fromkeys(stage, ColumnNorms(weight.shape[1], weight.device))
-        calibration.observe({stage[0]: inputs[stage[0]].add for stage in stages})
-        for name in unseen:  # the stages are those of one batch; another may reach these layers as well
-            calibration.observe({name: inputs[name].add})
+        inputs = observed_norms(layers, calibration)
         return {"layers": {name: self._prune(layer, inputs[name]) for name, layer in layers.items()}}
 
     def _prune(self, layer: Layer, inputs: ColumnNorms) -> dict[str, Any]:
