@@ -13,12 +13,14 @@ from compress.data import windows_from
 from compress.errors import StartError
 from compress.formats.folder import default_format, packed_export_note, write_model_folder
 from compress.opening import open_model
+from compress.passes.alps import ALPS
 from compress.passes.base import BlockPass, Context, LayerShape
 from compress.passes.fp8 import FP8
 from compress.passes.gptq import GPTQ
 from compress.passes.magnitude import Magnitude
 from compress.passes.rtn import RTN
 from compress.passes.smoothquant import SmoothQuant
+from compress.passes.sparsegpt import SparseGPT
 from compress.passes.wanda import Wanda
 from compress.planning import Plan, available_memory, plan, refuse
 from compress.recipe import Recipe
@@ -203,7 +205,9 @@ def peak(shape: dict[str, int], pass_: BlockPass, shelf: Path, **values: object)
 
 
 @pytest.mark.parametrize(
-    "pass_", [RTN(), Magnitude(), Wanda(), GPTQ(), SmoothQuant(), FP8()], ids=lambda pass_: pass_.name
+    "pass_",
+    [RTN(), Magnitude(), Wanda(), SparseGPT(), ALPS(), GPTQ(), SmoothQuant(), FP8()],
+    ids=lambda pass_: pass_.name,
 )
 def test_memory_grows_with_what_it_depends_on(pass_: BlockPass, shelf: Path) -> None:
     base = peak({}, pass_, shelf)
@@ -216,7 +220,9 @@ def test_memory_grows_with_what_it_depends_on(pass_: BlockPass, shelf: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "pass_", [RTN(), Magnitude(), Wanda(), GPTQ(), SmoothQuant(), FP8()], ids=lambda pass_: pass_.name
+    "pass_",
+    [RTN(), Magnitude(), Wanda(), SparseGPT(), ALPS(), GPTQ(), SmoothQuant(), FP8()],
+    ids=lambda pass_: pass_.name,
 )
 def test_with_blocks_on_disk_memory_does_not_depend_on_the_number_of_layers(pass_: BlockPass, shelf: Path) -> None:
     peaks = {peak({"num_hidden_layers": n}, pass_, shelf, residency="disk") for n in (2, 8)}

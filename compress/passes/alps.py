@@ -125,6 +125,11 @@ class ALPS(HessianPruning):
     refit: int = Field(
         default=10, ge=0, description="Steps of conjugate gradients for the weights that are left, under the last mask."
     )
+    true_sequential: bool = Field(
+        default=True,
+        description="Look at the inputs of o_proj only when q, k and v are pruned, and so on, so that what these lost "
+        "is made up for as well: slower, less memory.",
+    )
     propagation: Literal["none", "asymmetric"] = Field(
         default="asymmetric",
         description="`asymmetric`: also make up for what the blocks before, pruned already, did to a layer's inputs.",
