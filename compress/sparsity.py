@@ -18,7 +18,7 @@ from compress.budget import batch_tokens, measured_windows
 from compress.calibration import BlockCalibration
 from compress.errors import StartError
 from compress.maths.allocation import Limit, best
-from compress.maths.masks import keep_mask
+from compress.maths.masks import keep_mask, zeroed
 from compress.sensitivity import candidate_losses, kl_losses
 from compress.stream import CalibrationStream
 
@@ -53,23 +53,23 @@ def choose_rates(pass_: PruningPass, sparsity: float, model: ModelHandle, contex
         return account | {"rates": levelled(wanted, weights, sparsity, low, high), "outlier_ratios": ratios}
     choices = [min(high, max(low, sparsity + step * pass_.max_deviation)) for step in STEPS]
 
-    def zeroed(layer: Layer, rate: float) -> Tensor:
+    def stand_in(layer: Layer, rate: float) -> Tensor:
         assert layer.block is not None
         scores = pass_.scores(layer.weight, norms.get(f"{layer.block.name}.{layer.name}"))
         keep = keep_mask(layer.weight, scores, rate, per=pass_.counted_per)
-        return layer.weight.masked_fill(~keep, 0.0)
+        return zeroed(layer.weight, keep)
 
     def layers(block: Block) -> Mapping[str, Layer]:
         found: Mapping[str, Layer] = block.layers(pass_.targets, pass_.skip)
         return found
 
     with context.progress.step(f"{pass_.name}: sensitivity", total=len(model.block_list())) as step:
-        losses = kl_losses(model, text, layers, choices, zeroed, step, whole=True)
+        losses = kl_losses(model, text, layers, choices, stand_in, step, whole=True)
     found = best_rates({name: losses[name] for name in weights}, choices, weights, sparsity)
     rates = levelled(found, weights, sparsity, low, high)
     candidates = [rates, dict.fromkeys(weights, sparsity)]
     by_layer = [_by_layer(pass_, model, each) for each in candidates]
-    measured = candidate_losses(model, held_out, layers, by_layer, zeroed)
+    measured = candidate_losses(model, held_out, layers, by_layer, stand_in)
     account |= {"choices": choices, "losses": losses, "measured_loss": measured[0], "uniform_loss": measured[1]}
     if measured[0] > measured[1]:
         account["fallback"] = (

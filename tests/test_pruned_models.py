@@ -4,11 +4,15 @@ import pytest
 import torch
 
 import compress
+from compress.data import windows_from
 from compress.errors import RecipeError, StartError
 from compress.nn.quant_linear import QuantLinear
+from compress.opening import open_model
+from compress.passes.base import Context
 from compress.pipeline import ZEROS_NOTE
 from compress.recipe import Recipe
 from compress.testing import save_tiny, tiny_model, tiny_tokens
+from compress.workspace import Stage
 
 TOKENS = tiny_tokens()
 PRUNING = [compress.Magnitude, compress.Wanda, compress.SparseGPT, compress.ALPS]
@@ -69,3 +73,18 @@ def test_the_report_says_that_zeros_bring_no_speed_and_no_space(passes, tmp_path
     assert "no speed and save no space" in (tmp_path / "run" / "report.md").read_text()
     rounded = compress.run({**recipe, "passes": [{"rtn": {"group_size": 16}}], "output": str(tmp_path / "other")})
     assert ZEROS_NOTE not in rounded.notes
+
+
+@pytest.mark.parametrize("residency", ["memory", "disk"])
+def test_alps_continues_where_it_was_to_the_same_bytes(residency, tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    pass_ = compress.ALPS(sparsity=0.6, allocation="owl")
+    context = Context(calibration=windows_from(TOKENS, None), stage=Stage(tmp_path / "stage"), tokens_per_batch=64)
+    pass_.run(open_model(folder, residency=residency), context)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "stage").glob("*.safetensors")}
+    assert len(files) == 3
+    for name in ("model.layers.1", "model.layers.2"):
+        (tmp_path / "stage" / f"{name}.json").unlink()
+    pass_.run(open_model(folder, residency=residency), context)
+    for name, content in files.items():
+        assert (tmp_path / "stage" / name).read_bytes() == content, name

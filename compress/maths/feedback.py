@@ -153,7 +153,7 @@ class Sweep:
 
     def free(self, first: int, last: int) -> Tensor:
         """The columns, `[last - first, out]`, where the errors so far would put them if nothing more were changed."""
-        square = self.factor.upper[first:last, first:last].t()
+        square = self.factor.upper[first:last, first:last].t().contiguous()
         target = self.target[first:last]
         moved = torch.linalg.solve_triangular(square, self.work[first:last] - target, upper=False, unitriangular=True)
         return moved.add_(target)

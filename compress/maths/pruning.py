@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.maths.feedback import Factor, Sweep
-from compress.maths.masks import nm_mask, unstructured_mask
+from compress.maths.masks import nm_mask, unstructured_mask, zeroed
 
 
 def prune_columns(
@@ -52,7 +52,7 @@ class _Pruning(Sweep):
     def _scores(self, first: int, last: int) -> Tensor:
         """What zeroing each weight would cost, `[last - first, out]`; zeros go first."""
         scores = self.free(first, last).square_().mul_(self.factor.pivots[first:last].unsqueeze(1))
-        return scores.masked_fill_(self.empty[first:last], -torch.inf)
+        return torch.where(self.empty[first:last], -torch.inf, scores)
 
     def begin(self, start: int, end: int) -> None:
         """The mask of a block. Its zeros are those that bring the layer's count to where it has to be by its end."""
@@ -77,7 +77,7 @@ class _Pruning(Sweep):
         torch.addcmul(target, current, self.keep[column].to(current.dtype), value=-1, out=change)
 
     def finish(self, start: int, end: int) -> None:
-        self.pruned[start:end] = self.current[: end - start].masked_fill(~self.keep[start:end], 0.0)
+        self.pruned[start:end] = zeroed(self.current[: end - start], self.keep[start:end])
 
 
 def round_down(count: float) -> int:
@@ -88,7 +88,7 @@ def round_down(count: float) -> int:
 def keep_parts(scores: Tensor, parts: Sequence[tuple[int, float]], pattern: str | None, empty: Tensor) -> Tensor:
     """The mask (True: kept) of layers that are stacked on each other, `[out, in]`: of each its share of zeros, counted
     over the layer, or all by the pattern. Where `empty` says so a weight goes first, whatever is asked for."""
-    scores = scores.masked_fill(empty, -torch.inf)
+    scores = torch.where(empty, -torch.inf, scores)
     if pattern is not None:
         n, m = map(int, pattern.split(":"))
         return nm_mask(scores, n, m) & ~empty

@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.maths.hessian import NotPositiveDefinite, mean_diagonal, quadratic_form
+from compress.maths.masks import zeroed
 from compress.maths.pruning import keep_parts, refit
 from compress.passes.hessians import Inputs
 from compress.passes.pruning import HessianPruning, Pruned
@@ -96,13 +97,13 @@ class _Split:
     def run(self, start: Tensor, iterations: int) -> tuple[Tensor, Tensor, int]:
         """The sparse copy, its mask, and the steps it took."""
         keep = before = self.mask(start)
-        sparse, price, rho, step = start.masked_fill(~keep, 0.0), torch.zeros_like(start), FIRST_RHO, 0
+        sparse, price, rho, step = zeroed(start, keep), torch.zeros_like(start), FIRST_RHO, 0
         kept = max(int(keep.sum()), 1)
         for step in range(1, iterations + 1):
             dense = self.solve(torch.add(self.aim, sparse, alpha=rho).sub_(price), rho)
             drawn = torch.add(dense, price, alpha=1 / rho)
             keep = self.mask(drawn)
-            sparse = drawn.masked_fill_(~keep, 0.0)
+            sparse = zeroed(drawn, keep)
             price.add_(dense.sub_(sparse), alpha=rho)
             if step % EVERY == 0:
                 changed = int((keep & ~before).sum()) / kept
@@ -142,9 +143,10 @@ class ALPS(HessianPruning):
 
     def solving_bytes(self, inputs: int, rows: int) -> int:
         """The scaled Hessian, its vectors, and twice that while they are found. Then the vectors, and of the weights:
-        as given, the aim twice, both copies, the price, three in between; three masks."""
+        as given, the aim and the start scaled and not, both copies, the price, two in between, scores and what
+        selecting in them copies (16 bytes a weight), and masks."""
         square = 4 * inputs**2
-        return max(4 * square, square + (9 * 4 + 3) * inputs * rows)
+        return max(4 * square, square + 60 * inputs * rows)
 
     def solve(self, weight: Tensor, shares: list[tuple[int, float]], seen: Inputs) -> Pruned:
         return alps(

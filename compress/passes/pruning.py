@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.maths.hessian import NotPositiveDefinite
-from compress.maths.masks import check_columns, keep_mask, parse_pattern, parse_sparsity
+from compress.maths.masks import check_columns, keep_mask, parse_pattern, parse_sparsity, zeroed
 from compress.passes.base import BlockPass, Context, LayerShape, PassResult
 from compress.passes.hessians import Inputs, hessian_bytes, observed_stages, observing_bytes
 
@@ -29,11 +29,14 @@ Pattern = Annotated[str, BeforeValidator(parse_pattern)]
 
 def pruned(weight: Tensor, keep: Tensor, scores: Tensor) -> tuple[Tensor, dict[str, float]]:
     """The weight with exact zeros where `keep` is False, its share of zeros, and the share of squared scores lost."""
-    result = weight.masked_fill(~keep, 0.0)
-    squared = scores.square()
-    total = float(squared.sum())
-    lost = float(squared.masked_fill_(keep, 0.0).sum())
-    return result, {"sparsity": float((result == 0).float().mean()), "loss": lost / total if total else 0.0}
+    result = zeroed(weight, keep)
+    total = float(torch.linalg.vector_norm(scores)) ** 2
+    lost = float(torch.linalg.vector_norm(scores * ~keep)) ** 2
+    return result, {"sparsity": share_of_zeros(result), "loss": lost / total if total else 0.0}
+
+
+def share_of_zeros(weight: Tensor) -> float:
+    return 1.0 - int(weight.count_nonzero()) / weight.numel()
 
 
 class PruningPass(BlockPass):
@@ -240,7 +243,7 @@ class HessianPruning(PruningPass):
             start = rows.stop
             weight = result.weight[rows].to(layer.dtype)
             size, lost = float(result.size[rows].sum()), max(float(result.lost[rows].sum()), 0.0)
-            zeros = float((weight == 0).float().mean())
+            zeros = share_of_zeros(weight)
             report[layer.name] = {"sparsity": zeros, "loss": lost / size if size > 0 else 0.0, **result.said}
             layer.set_weight(weight)
         return report

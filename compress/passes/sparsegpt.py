@@ -47,7 +47,8 @@ def sparsegpt(
     given = weight.to(hessian.dtype)
     parts = [(len(weight), sparsity)] if isinstance(sparsity, float) else sparsity
     # A column whose input was always zero is of no use: it goes first, and counts.
-    result, keep, lost, moved = prune_columns(given.masked_fill(dead, 0.0), factor, parts, pattern, block_size)
+    alive = given.masked_fill(dead, 0.0) if bool(dead.any()) else given
+    result, keep, lost, moved = prune_columns(alive, factor, parts, pattern, block_size)
     ridge = factor.damping * mean_diagonal(hessian)
     if refit_steps:
         aim = torch.addmm(ridge * given, given, hessian)
@@ -56,7 +57,7 @@ def sparsegpt(
     else:
         # What was lost is d (H + damping) d^T with d the change of a row; take the damping's part off.
         lost -= ridge * moved
-    return Pruned(result, keep, lost, quadratic_form(given, hessian), {"damping": factor.damping})
+    return Pruned(result, keep, lost, quadratic_form(weight, hessian), {"damping": factor.damping})
 
 
 class SparseGPT(HessianPruning):
@@ -79,11 +80,11 @@ class SparseGPT(HessianPruning):
 
     def solving_bytes(self, inputs: int, rows: int) -> int:
         """Factorising: the Hessian in reverse and its Cholesky factor. Pruning: the factor; weights as given,
-        transposed, as corrected and as pruned; three masks; and a block of columns. With `refit`, beside two of these
-        five more."""
+        transposed, as corrected and as pruned, and masks; and of a block of columns six tables and what selecting
+        copies (16 bytes a weight). With `refit`: ten tables of the weights."""
         square = 4 * inputs**2
-        tables = (8 if self.refit else 5) * 4 + 3
-        return max(2 * square, square + tables * inputs * rows + 6 * 4 * min(self.block_size, inputs) * rows)
+        pruning = 23 * inputs * rows + 40 * min(self.block_size, inputs) * rows
+        return max(2 * square, square + max(pruning, 41 * inputs * rows * bool(self.refit)))
 
     def solve(self, weight: Tensor, shares: list[tuple[int, float]], seen: Inputs) -> Pruned:
         return sparsegpt(weight, seen.hessian.matrix, shares, self.pattern, self.damping, self.block_size, self.refit)

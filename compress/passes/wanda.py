@@ -42,8 +42,8 @@ class ColumnNorms:
     def add(self, x: Tensor) -> None:
         """Take in tokens: `[..., columns]`, any float dtype."""
         x = x.reshape(-1, x.shape[-1])
-        norms = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
-        self._squares += norms.double().square().to(self._squares.device)
+        squares = x.float().square_() if x.dtype != torch.float32 else x.square()
+        self._squares += squares.sum(0).double().to(self._squares.device)
         self.count += x.shape[0]
 
     @property
