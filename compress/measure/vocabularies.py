@@ -162,7 +162,8 @@ def note(pairing: Pairing, mass: float | None) -> str:
     if mass is not None:
         words += (
             f" KL and top-1 compare the {pairing.shared.shape[1]} tokens that both have, on which the original puts "
-            f"{100 * mass:.2f} % of its probability."
+            f"{100 * mass:.2f} % of its probability. What it gave to other tokens goes to these, which by itself "
+            "lowers perplexity."
         )
     if pairing.left_out:
         words += f" {pairing.left_out} tokens cannot be written by the new tokenizer, or do not fit, and are left out."
