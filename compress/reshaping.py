@@ -19,6 +19,8 @@ from compress.errors import StartError
 from compress.loading import skeleton
 from compress.model import ModelHandle, find_stacks
 
+#: How configs call the number of blocks of an encoder-decoder's decoder: its encoder's is `num_hidden_layers`.
+_DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
 #: What belongs to a model object and not to its shape.
 _STAYS = ("generation_config", "compress_history", "training", "name_or_path")
 
@@ -45,15 +47,19 @@ def take_shape(model: ModelHandle, config: PretrainedConfig, outside: Mapping[st
     model.place_outside({n: held[n] for n, t in model.outside().items() if n in held and held[n].shape == t.shape})
 
 
-def without_blocks(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConfig:
-    """The config of a model that has only the blocks `keep` (indices, in their order), of those of this one."""
+def without_blocks(config: PretrainedConfig, *keep: Sequence[int]) -> PretrainedConfig:
+    """The config of a model that has only the blocks `keep` (indices, in their order) of those of this one; for an
+    encoder-decoder those of its encoder, then those of its decoder."""
     config = deepcopy(config)
-    text = config.get_text_config()
+    text = config if config.is_encoder_decoder else config.get_text_config()
     before = int(text.num_hidden_layers)
     for key, value in vars(text).items():
-        if isinstance(value, list | tuple) and len(value) == before and not key.startswith("_"):
-            setattr(text, key, type(value)(value[index] for index in keep))  # what each layer is (`layer_types`)
-    text.num_hidden_layers = len(keep)
+        if isinstance(value, list | tuple) and len(value) == before and not key.startswith("_") and len(keep) == 1:
+            setattr(text, key, type(value)(value[index] for index in keep[0]))  # what each layer is (`layer_types`)
+    text.num_hidden_layers = len(keep[0])
+    for key in _DECODER_COUNTS if len(keep) > 1 else ():
+        if hasattr(text, key):
+            setattr(text, key, len(keep[1]))
     return config
 
 

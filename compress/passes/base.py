@@ -152,7 +152,7 @@ class Pass(BaseModel):
         `training`: likewise, for passes that train. `original`: the model, or the folder of the model, that such a pass
         learns from.
         """
-        from compress.data import windows_from
+        from compress.images import windows_given
         from compress.model import ModelHandle
 
         handle = ModelHandle.wrap(model)
@@ -162,9 +162,10 @@ class Pass(BaseModel):
         def cut(text: Iterable[str] | torch.Tensor | None, what: str) -> Windows:
             if text is None:
                 raise StartError(f"{self.name} needs {what} text: pass {what}=[...] (texts or token ids).")
-            return windows_from(
-                text, tokenizer, samples=samples, length=length, seed=seed, context=handle.context_length
-            )
+            return windows_given(
+                text, model.config, tokenizer,
+                samples=samples, length=length, seed=seed, context=handle.context_length,
+            )  # fmt: skip
 
         context = Context(
             calibration=cut(calibration, "calibration") if self.takes_calibration else None,
@@ -198,9 +199,16 @@ def refuse_states(pass_: Pass, states: Iterable[str]) -> None:
             raise StartError(f"{pass_.name} takes {allowed} weights, and this model's are {state}.")
 
 
+def reason_against(pass_: Pass, model: PreTrainedModel) -> str | None:
+    """One sentence on why the pass cannot work on such a model, or None: its own reason, or that of all that train."""
+    if pass_.needs_training and (model.config.is_encoder_decoder or model.main_input_name != "input_ids"):
+        return f"{type(model).__name__} is not trained here: training text goes into models that read one text."
+    return pass_.refuses(model)
+
+
 def refuse_model(pass_: Pass, model: PreTrainedModel) -> None:
     """Raises where the pass cannot work on this kind of model."""
-    reason = pass_.refuses(model)
+    reason = reason_against(pass_, model)
     if reason:
         raise StartError(f"{pass_.name}: {reason}")
 

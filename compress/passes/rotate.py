@@ -106,6 +106,11 @@ class Rotate(Pass):
             raise ValueError("residual and values are both false, so that nothing is rotated: leave the pass out")
         return self
 
+    def refuses(self, model: PreTrainedModel) -> str | None:
+        if model.main_input_name != "input_ids":
+            return f"{type(model).__name__} reads no tokens, and what is rotated is tried on tokens."
+        return None
+
     def reshape(self, model: ModelHandle) -> None:
         """Unties the head. StartError for what shapes alone forbid."""
         if not self.residual:

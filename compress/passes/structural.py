@@ -60,23 +60,23 @@ def keep_smaller(
     from compress.reshaping import empty_model, take_shape
 
     stage = context.stage
-    stack = find_stacks(empty_model(model.model, config))[0]
+    stacks = find_stacks(empty_model(model.model, config))
+    places = [Block(stack, index) for stack in stacks for index in range(len(stack))]
     states, records = [], []
-    for index, (block, record) in enumerate(blocks):
+    for place, (block, record) in zip(places, blocks, strict=True):
         tensors = block.state()
         if stage is not None:
-            place = Block(stack, index)
             place.restore(tensors, {})
             stage.keep(place, record)
         if model.resident:
             states.append(tensors)
-        stack.modules[index].to("meta")
+        place.module.to("meta")
         records.append(record)
     if stage is not None:
         stage.keep_config(config)
         if outside:
             stage.keep_outside(outside)
     take_shape(model, config, outside)
-    for block, tensors in zip(model.block_list(), states, strict=False):
+    for block, tensors in zip(model.block_list(), states, strict=model.resident):
         block.restore(tensors, {})
     return records
