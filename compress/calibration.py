@@ -198,7 +198,7 @@ class BlockCalibration:
                     return
             seen.append((x, [name]))
 
-        with _hooked(self.block.module, {name: partial(note, name) for name in names}):
+        with hooked(self.block.module, {name: partial(note, name) for name in names}):
             output = self._first_output()
         return _Calls([members for _, members in seen], counts), output
 
@@ -221,7 +221,7 @@ class BlockCalibration:
 
             handles.append(self.block.module.get_submodule(name).register_forward_hook(hook))
         try:
-            with _hooked(self.block.module, {name: partial(inputs.setdefault, name) for name in names}):
+            with hooked(self.block.module, {name: partial(inputs.setdefault, name) for name in names}):
                 hidden, call = next(self.stream.inputs(self.block))
                 result = called(self.block.module, hidden, call)
         finally:
@@ -292,7 +292,7 @@ class BlockCalibration:
             if not waiting and not self._repeated:
                 raise _Enough
 
-        with _hooked(module, {name: partial(give, name) for name in observers}), suppress(_Enough):
+        with hooked(module, {name: partial(give, name) for name in observers}), suppress(_Enough):
             called(module, hidden, call)
 
 
@@ -306,7 +306,7 @@ class _Calls:
 
 
 @contextmanager
-def _hooked(module: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
+def hooked(module: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
     """Each named submodule's observer is given the first argument of its calls."""
     handles = []
     for name, observer in observers.items():

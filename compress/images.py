@@ -132,6 +132,14 @@ def windows_given(
     return windows_of_pixels(given, "python", config, how.get("role", "calibration"))
 
 
+def probe_for(config: PretrainedConfig, probe: Windows | None) -> Windows | None:
+    """What a pass asks to see a model run on; a model that reads images is given an empty one in its place."""
+    if probe is None or not reads_images(config):
+        return probe
+    side = getattr(config, "image_size", None) or 224
+    return windows_of_pixels(torch.zeros(1, config.num_channels, side, side), "probe", config)
+
+
 def _pixels(files: Sequence[Path], processor: Any) -> torch.Tensor:
     from PIL import Image
 

@@ -101,7 +101,7 @@ class CalibrationStream:
             for beside, states in zip(self._blank, given, strict=False)
         ]
 
-    def _reach(self, block: Block) -> None:
+    def reach(self, block: Block) -> None:
         """Goes on to the block's stack, if the text stands at the end of the one before it."""
         while self.model.stacks[len(self._given)].name != block.stack.name:
             self._given.append(self.hidden)
@@ -114,7 +114,7 @@ class CalibrationStream:
 
     def inputs(self, block: Block) -> Iterator[tuple[torch.Tensor, Call]]:
         """The block's input [batch, length, hidden] and call, batch by batch."""
-        self._reach(block)
+        self.reach(block)
         for hidden, calls in zip(self.hidden, self.calls, strict=True):
             yield hidden.to(self.model.device), calls[block.index]
 
@@ -132,7 +132,7 @@ class CalibrationStream:
         """Pushes the second path, if there is one, through the block as it is now, or through `module` in its place."""
         if self.original is None:
             return
-        self._reach(block)
+        self.reach(block)
         for index, hidden in enumerate(self.original):
             out = called(module or block.module, hidden.to(self.model.device), self.original_calls[index][block.index])
             self.original[index] = out.cpu()

@@ -7,9 +7,9 @@ from torch import nn
 from compress.calibration import BlockCalibration
 from compress.data import windows_from
 from compress.errors import StartError
+from compress.images import windows_given
 from compress.model import ModelHandle
 from compress.stream import CalibrationStream, stream_outputs
-from compress.images import windows_given
 from compress.testing import FAMILIES, outputs, tiny_inputs, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(samples=5, length=24)
