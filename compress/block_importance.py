@@ -93,7 +93,6 @@ class SkipLosses:
             if block.name not in out:
                 stream.advance(self.model.load(block))
                 self.model.release(block)
-        (loss,) = outputs_divergence(
-            self._whole, self._whole.outputs(self._whole.hidden), [stream.outputs(stream.hidden)]
-        )
-        return loss
+        whole = self._whole.outputs(self._whole.hidden)
+        found: list[float] = outputs_divergence(self._whole, whole, [stream.outputs(stream.hidden)])
+        return found[0]

@@ -1,4 +1,4 @@
-"""What removed blocks did, as far as a linear map of what the layer before them is given can do it: added to its weight.
+"""What removed blocks did, as far as a linear map of what the layer before them is given can: added to its weight.
 
 In most models the last layer of a block is added to the residual stream as it is, so that a change of its weight is a
 change of the stream that the next block reads. What the removed blocks added there is fitted to that layer's input by

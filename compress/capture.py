@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from compress.errors import StartError
+from compress.inputs import with_decoder
 from compress.model import ModelHandle, Stack
 
 
@@ -142,20 +142,6 @@ def run_recorded(
             return runner(**batch)
         except Seen:
             return None
-
-
-def with_decoder(batch: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """What an encoder-decoder is called with where there is one text: its decoder is to write the text that its encoder
-    reads, so it is given that text one place later, behind the token it starts with. Padding stands on the right, so
-    the mask is the same. Others are called with the batch as it is."""
-    if not config.is_encoder_decoder or "decoder_input_ids" in batch:
-        return batch
-    ids = batch["input_ids"]
-    start = config.decoder_start_token_id
-    start = config.pad_token_id if start is None else start
-    later = torch.cat([ids.new_full((len(ids), 1), start or 0), ids[:, :-1]], dim=1)
-    mask = {"decoder_attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
-    return {**batch, "decoder_input_ids": later, **mask}
 
 
 def share(value: Any, earlier: Any) -> Any:

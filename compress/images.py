@@ -18,12 +18,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from compress.data import Windows, windows_from
 from compress.errors import CompressError, StartError
+from compress.recipe_check import IMAGE_ENDINGS
 
 if TYPE_CHECKING:
     from compress.recipe import DataEntry
 
-#: What Pillow is asked to open.
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -55,8 +54,7 @@ def patches_of(config: PretrainedConfig) -> int:
 
 def pixel_bytes(config: PretrainedConfig) -> int:
     """Bytes of one image as the model is given it, in float32."""
-    side = getattr(config, "image_size", None)
-    return 4 * int(config.num_channels) * (side * side if isinstance(side, int) else 224 * 224)
+    return 4 * int(config.num_channels) * _side(config) ** 2
 
 
 def image_windows(entry: DataEntry, role: str, folder: Path, config: PretrainedConfig, seed: int) -> ImageWindows:
@@ -74,13 +72,13 @@ def image_windows(entry: DataEntry, role: str, folder: Path, config: PretrainedC
     source = Path(entry.source)
     if not source.is_dir():
         raise StartError(f"{place}: {source}: this model reads images, so give a folder of them.")
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
     entry = entry.resolved("calibration", seed)
     assert entry.samples is not None
     if len(files) < entry.samples:
         raise CompressError(
-            f"{place}: {source} holds {len(files)} images ({', '.join(ENDINGS[:3])}, ...), {entry.samples} are asked "
-            f"for. Set {place}.samples lower, or give it more."
+            f"{place}: {source} holds {len(files)} images ({', '.join(IMAGE_ENDINGS[:3])}, ...), {entry.samples} are "
+            f"asked for. Set {place}.samples lower, or give it more."
         )
     if entry.sampling == "random":
         chosen = np.random.RandomState(entry.seed).permutation(len(files))[: entry.samples]
@@ -88,11 +86,14 @@ def image_windows(entry: DataEntry, role: str, folder: Path, config: PretrainedC
     return windows_of_pixels(_pixels(files[: entry.samples], read_processor(folder)), entry.source, config, role)
 
 
-def read_processor(folder: Path) -> Any:
-    """The image processor in the model's folder, as its authors stored it. StartError where there is none."""
+def read_processor(folder: Path, needed: bool = True) -> Any:
+    """The image processor in the model's folder, as its authors stored it. Where there is none: StartError, or None if
+    it is not `needed`."""
     from transformers import AutoImageProcessor
 
     if not any((folder / name).is_file() for name in _PROCESSOR):
+        if not needed:
+            return None
         raise StartError(f"model: {folder} holds no {_PROCESSOR[0]}, so images cannot be made into what it reads.")
     try:
         return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -136,8 +137,25 @@ def probe_for(config: PretrainedConfig, probe: Windows | None) -> Windows | None
     """What a pass asks to see a model run on; a model that reads images is given an empty one in its place."""
     if probe is None or not reads_images(config):
         return probe
-    side = getattr(config, "image_size", None) or 224
-    return windows_of_pixels(torch.zeros(1, config.num_channels, side, side), "probe", config)
+    return windows_of_pixels(blank_image(config), "probe", config)
+
+
+def blank_image(config: PretrainedConfig) -> torch.Tensor:
+    """One image of zeros, float32 [1, channels, height, width]."""
+    side = _side(config)
+    return torch.zeros(1, int(config.num_channels), side, side)
+
+
+def random_images(config: PretrainedConfig, count: int, seed: int) -> ImageWindows:
+    """Images of normally distributed pixels, as many."""
+    side, generator = _side(config), torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, int(config.num_channels), side, side, generator=generator)
+    return windows_of_pixels(pixels, "random", config)
+
+
+def _side(config: PretrainedConfig) -> int:
+    side = getattr(config, "image_size", None)
+    return side if isinstance(side, int) else 224
 
 
 def _pixels(files: Sequence[Path], processor: Any) -> torch.Tensor:

@@ -20,6 +20,7 @@ from compress.checkpoint import checkpoint_bytes
 from compress.errors import StartError
 from compress.formats.base import Format
 from compress.formats.folder import default_format, packed_export_note
+from compress.images import patches_of, pixel_bytes, reads_images
 from compress.loading import stored_dtype
 from compress.locating import locate
 from compress.opening import read_config, refuse_quantized, resolve_dtype
@@ -147,12 +148,14 @@ class _Walkthrough:
             if coverage < self.recipe.min_coverage:
                 note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
         else:
+            text = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
+            streaming = costs.streaming(pass_, self.shape, self.holding, text)
             self.shape.apply(pass_)
             if not pass_.changes_weights:
                 parts = costs.model(self.shape, self.holding, used_outside=True)
                 return self._step(pass_.name, parts, note="changes no weight")
             extra = pass_.extra_bytes(self.shape)
-            parts = costs.whole_pass(self.shape, self.holding, extra)
+            parts = max(streaming, costs.whole_pass(self.shape, self.holding, extra), key=costs.total)
             note = "what it takes beside the model is not known" if extra is None else ""
         # With the whole model in memory, a stage is kept until the next one is complete; else blocks are read from it.
         kept = self.shape.stage_bytes(pass_.changes_outside)
@@ -184,6 +187,10 @@ class _Walkthrough:
 
 def _text(entry: DataEntry | None, shape: ModelShape) -> costs.Text:
     """The windows that a data entry will be cut into. How many all of a text makes is not known: more than a batch."""
+    config = shape.handle.config
+    if reads_images(config):
+        patches = patches_of(config)
+        return costs.Text((entry.samples if entry else None) or 128, patches, pixel_bytes(config) // patches)
     length = min((entry.length if entry is not None else None) or 256, shape.context)
     return costs.Text((entry.samples if entry is not None else None) or 1 << 20, length)
 

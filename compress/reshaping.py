@@ -66,7 +66,7 @@ def without_blocks(config: PretrainedConfig, *keep: Sequence[int]) -> Pretrained
 def same_kind(old: torch.nn.Module, new: torch.nn.Module) -> bool:
     """Whether two blocks compute the same from the same tensors: their modules' own settings agree, the index of the
     layer aside, and their tensors have the same names and shapes."""
-    return _kind(old) == _kind(new)
+    return bool(_kind(old) == _kind(new))
 
 
 def find_fits(model: PreTrainedModel, left: Sequence[int]) -> list[list[list[bool]]]:

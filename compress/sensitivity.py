@@ -125,7 +125,10 @@ def _push_rounded(
 def divergence(stream: CalibrationStream, original: list[Tensor], others: Sequence[list[Tensor]]) -> list[float]:
     """Mean KL divergence in nats a token of each of `others` from `original`, what the last block gave; padding does
     not count. An encoder has no tokens to give: the squared change of its output relative to its square."""
-    return outputs_divergence(stream, stream.outputs(original), [stream.outputs(hidden) for hidden in others])
+    found: list[float] = outputs_divergence(
+        stream, stream.outputs(original), [stream.outputs(hidden) for hidden in others]
+    )
+    return found
 
 
 @torch.no_grad()
@@ -137,8 +140,9 @@ def outputs_divergence(
     counted = 0.0
     causal = stream.model.model.get_output_embeddings() is not None
     for mask, first in zip(stream.masks, original, strict=True):
-        whole = mask is None or mask.shape != first.shape[:2]  # a classifier gives a row a text, not a token
-        kept = torch.ones(first.shape[:2], dtype=torch.bool) if whole else mask
+        kept = torch.ones(first.shape[:2], dtype=torch.bool)
+        if mask is not None and mask.shape == kept.shape:  # a classifier gives a row a text, not a token
+            kept = mask
         p = first[kept.to(first.device)]
         counted += len(p) if causal else float(p.double().square().sum())
         for index, outputs in enumerate(others):

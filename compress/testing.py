@@ -8,6 +8,7 @@ def test_my_pass_conforms():
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "t5": (
         "T5Config",
-        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 4,
+        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_decoder_layers": 3,
          "num_heads": 4, "decoder_start_token_id": 0},
     ),
     "vit": (
@@ -138,9 +139,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """Writes `tiny_model` and `tiny_tokenizer` as a Hugging Face folder, and returns it."""
+    """Writes `tiny_model` and `tiny_tokenizer` (or an image processor) as a Hugging Face folder, and returns it."""
     tiny_model(family, **changes).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    if family == "vit":
+        words = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(words))
+    else:
+        tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -170,7 +175,7 @@ def tiny_inputs(family: str, samples: int = 8, length: int = 32, seed: int = 0) 
 @torch.no_grad()
 def outputs(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Logits, or an encoder's last hidden state. An encoder-decoder's decoder is given the text one place later."""
-    from compress.capture import with_decoder
+    from compress.inputs import with_decoder
 
     out = model(**with_decoder({model.main_input_name: tokens}, model.config))
     result: torch.Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state

@@ -36,8 +36,8 @@ def strongest(worth: Sequence[float], count: int, fits: Fits | None = None) -> l
 
 
 def weakest_run(scores: Sequence[float], blocks: int, fits: Fits | None = None) -> list[int] | None:
-    """What stays of so many blocks when the run of neighbours whose score is lowest goes: `scores[start]` is that of the
-    run that starts there. None where what follows no run fits.
+    """What stays of so many blocks when the run of neighbours whose score is lowest goes: `scores[start]` is that of
+    the run that starts there. None where what follows no run fits.
 
     >>> weakest_run([0.3, 0.1, 0.2], 4)    # runs of 2: blocks 1 and 2 go
     [0, 3]

@@ -226,7 +226,7 @@ def _prompt(folder: Path, job: BenchmarkJob) -> Tensor:
         return flat.repeat(-(-job.speed.prompt // len(flat)))[: job.speed.prompt]
     from transformers import AutoConfig
 
-    vocabulary = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    vocabulary = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "vocab_size", 1)  # images have none
     return torch.randint(0, vocabulary, (job.speed.prompt,), generator=torch.Generator().manual_seed(job.seed))
 
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from compress.budget import LOGITS
 from compress.errors import StartError
 from compress.maths.block_choice import Fits, removals, strongest, weakest_run
 from compress.passes.base import Context, PassResult
@@ -51,7 +53,7 @@ class Depth(StructuralPass):
     to: Size | None = Field(default=None, description="Instead: most parameters that the whole model shall have, 90M.")
     drop: list[int] | None = Field(
         default=None,
-        description="Instead: indices of the blocks to remove, counted from 0 (an encoder's first, then its decoder's).",
+        description="Instead: indices of the blocks to remove, counted from 0; an encoder's come before its decoder's.",
     )
     importance: Literal["cosine", "loss"] = Field(
         default="cosine",
@@ -116,17 +118,20 @@ class Depth(StructuralPass):
         """The hidden states before and after a block, or a run of them; of three models; and of two for a bridge."""
         if self.drop is not None:
             return 2 * self.bridge
-        longest = max(1, *self._gone(shape.handle.model)) if self.contiguous and self.importance == "cosine" else 1
-        return longest + 1 if self.importance == "cosine" else 4
+        longest = max([1, *self._gone(shape.handle.model)]) if self.contiguous and self.importance == "cosine" else 1
+        paths: int = longest + 1 if self.importance == "cosine" else 4
+        return paths
 
     def extra_bytes(self, shape: ModelShape) -> int:
-        """For a bridge: the tables of the two parts of the text, a copy and a factor of one, a solution, in float64;
-        and a second block."""
+        """Logits of two models for a batch, where outputs are compared. For a bridge: the tables of both parts of the
+        text, a copy and a factor of one, and a solution, in float64; and a second block."""
+        logits = 0 if self.importance == "cosine" else 2 * LOGITS * shape.dtype.itemsize
         if not self.bridge:
-            return 0
+            return logits
         block = shape.handle.block_list()[0]
         wide = max(layer.weight.shape[1] for layer in block.layers().values())
-        return 8 * (4 * wide * wide + 4 * wide * shape.hidden) + shape.largest_block()
+        tables: int = 8 * (4 * wide * wide + 4 * wide * shape.hidden)
+        return max(logits, tables + shape.largest_block())
 
     def _gone(self, model: PreTrainedModel) -> list[int]:
         """How many blocks of each stack go. StartError where that is none, or all."""
@@ -137,7 +142,7 @@ class Depth(StructuralPass):
         counts = [len(stack) for stack in stacks]
         if self.drop is not None:
             starts = [sum(counts[:place]) for place in range(len(counts) + 1)]
-            return [sum(a <= index < b for index in self.drop) for a, b in zip(starts, starts[1:], strict=False)]
+            return [sum(a <= index < b for index in self.drop) for a, b in pairwise(starts)]
         if self.layers is not None:
             return [count - self._remaining(count) for count in counts]
         sizes = [[sum(p.numel() for p in block.parameters()) for block in stack.modules] for stack in stacks]
@@ -170,7 +175,8 @@ class Depth(StructuralPass):
         from compress.model import find_stacks
         from compress.reshaping import find_fits
 
-        counts = [len(stack) for stack in find_stacks(model)]
+        stacks = find_stacks(model)
+        counts = [len(stack) for stack in stacks]
         drop = self.drop if drop is None else drop
         unknown = [index for index in drop or () if index >= sum(counts)]
         if unknown:
@@ -187,6 +193,11 @@ class Depth(StructuralPass):
             if chosen is None:
                 raise StartError(_why_not(model, place, left[place], first, drop))
             keep.append(chosen)
+        if len(counts) > 1 and left[0] < left[1] and counts[0] >= counts[1] and model.can_generate():
+            raise StartError(
+                f"depth: {left[0]} and {left[1]} blocks would be left in {' and '.join(s.name for s in stacks)}; "
+                "transformers cannot generate from a decoder with more blocks than its encoder. Drop as many there."
+            )
         return keep
 
     def _in_stack(

@@ -35,6 +35,8 @@ from compress.stream import CalibrationStream
 from compress.walk import over_blocks
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from compress.model import ModelHandle
     from compress.shapes import ModelShape
 
