@@ -25,6 +25,7 @@ from compress.loading import stored_dtype
 from compress.locating import locate
 from compress.opening import read_config, refuse_quantized, resolve_dtype
 from compress.passes.base import BlockPass, Pass
+from compress.passes.structural import StructuralPass
 from compress.registry import FORMATS
 from compress.shapes import ModelShape
 from compress.workspace import free_bytes
@@ -147,15 +148,17 @@ class _Walkthrough:
                 note += "; the size is an upper bound: how many bits each layer gets is measured"
             if coverage < self.recipe.min_coverage:
                 note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
-        else:
+        elif isinstance(pass_, StructuralPass):
             text = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
-            streaming = costs.streaming(pass_, self.shape, self.holding, text)
+            note = pass_.plan_note(self.shape.handle.model)
+            parts = costs.structural_pass(pass_, self.shape, self.holding, text)
+        else:
             self.shape.apply(pass_)
             if not pass_.changes_weights:
                 parts = costs.model(self.shape, self.holding, used_outside=True)
                 return self._step(pass_.name, parts, note="changes no weight")
             extra = pass_.extra_bytes(self.shape)
-            parts = max(streaming, costs.whole_pass(self.shape, self.holding, extra), key=costs.total)
+            parts = costs.whole_pass(self.shape, self.holding, extra)
             note = "what it takes beside the model is not known" if extra is None else ""
         # With the whole model in memory, a stage is kept until the next one is complete; else blocks are read from it.
         kept = self.shape.stage_bytes(pass_.changes_outside)

@@ -126,10 +126,6 @@ class Pass(BaseModel):
     def reshape(self, model: ModelHandle) -> None:
         """Does to the shapes of a model without weights what `run` does (for the plan). StartError where it cannot."""
 
-    def streamed_paths(self, shape: ModelShape) -> int:
-        """How many times the hidden states of all calibration text are held at once; 0: it goes through no blocks."""
-        return 0
-
     def extra_bytes(self, shape: ModelShape) -> int | None:
         """Peak of what `run` allocates beside the model and, if blocks stay on disk, the block at hand; None: not
         known. A `BlockPass` states it by layer instead."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from compress.block_importance import SkipLosses
+    from compress.costs import Text
     from compress.model import Block, ModelHandle
     from compress.shapes import ModelShape
 
@@ -45,7 +46,9 @@ class Depth(StructuralPass):
     needs_calibration: ClassVar[bool] = True
 
     layers: Count | None = Field(
-        default=None, description="Blocks that shall remain, 10 or 70%; of an encoder-decoder in each of its stacks."
+        default=None,
+        description="Blocks that shall remain, 10 or 70% (rounded up, and one goes at least); of an encoder-decoder in "
+        "each of its stacks.",
     )
     amount: Share | None = Field(
         default=None, description="Instead: least share of the blocks' parameters to remove, 0.3 or 30%."
@@ -114,24 +117,28 @@ class Depth(StructuralPass):
         scores = [[float(index) for index in range(count)] for count in counts]
         return without_blocks(model.config, *self._kept(model, scores))
 
-    def streamed_paths(self, shape: ModelShape) -> int:
-        """The hidden states before and after a block, or a run of them; of three models; and of two for a bridge."""
-        if self.drop is not None:
-            return 2 * self.bridge
-        longest = max([1, *self._gone(shape.handle.model)]) if self.contiguous and self.importance == "cosine" else 1
-        paths: int = longest + 1 if self.importance == "cosine" else 4
-        return paths
+    def text_bytes(self, shape: ModelShape, text: Text) -> int:
+        """The worse of measuring and bridging. Measuring by cosine: the hidden states before a block, or a run of them,
+        and behind it; by loss: those of three models, and the logits of two for a batch."""
+        from compress.costs import activations, hidden_states
 
-    def extra_bytes(self, shape: ModelShape) -> int:
-        """Logits of two models for a batch, where outputs are compared. For a bridge: the tables of both parts of the
-        text, a copy and a factor of one, and a solution, in float64; and a second block."""
-        logits = 0 if self.importance == "cosine" else 2 * LOGITS * shape.dtype.itemsize
-        if not self.bridge:
-            return logits
-        block = shape.handle.block_list()[0]
-        wide = max(layer.weight.shape[1] for layer in block.layers().values())
-        tables: int = 8 * (4 * wide * wide + 4 * wide * shape.hidden)
-        return max(logits, tables + shape.largest_block())
+        running = activations(shape, shape.widest, text.in_flight(), text.length)
+        paths = 2
+        if self.contiguous and self.importance == "cosine":
+            paths = 1 + max([1, *self._gone(shape.handle.model)])
+        elif self.importance == "loss":
+            paths, running = 4, running + 2 * LOGITS * shape.dtype.itemsize
+        measuring = hidden_states(shape, text, paths) + running if self.drop is None else 0
+        bridging = hidden_states(shape, text, 2) + self._bridge_bytes(shape) if self.bridge else 0
+        return max(measuring, bridging)
+
+    def _bridge_bytes(self, shape: ModelShape) -> int:
+        """The tables of both parts of the text, a copy and a factor of one, and a solution, in float64; a second block,
+        and a batch."""
+        layers = shape.handle.block_list()[0].layers().values()
+        wide: int = max(layer.weight.shape[1] for layer in layers)
+        batch = 2 * 8 * Context.tokens_per_batch * (wide + shape.hidden)
+        return int(8 * (4 * wide * wide + 4 * wide * shape.hidden) + shape.largest_block() + batch)
 
     def _gone(self, model: PreTrainedModel) -> list[int]:
         """How many blocks of each stack go. StartError where that is none, or all."""
@@ -162,7 +169,9 @@ class Depth(StructuralPass):
 
     def _remaining(self, count: int) -> int:
         assert self.layers is not None
-        remaining = max(1, math.ceil(counted(self.layers, count) - 1e-9))
+        remaining = math.ceil(counted(self.layers, count) - 1e-9)
+        if isinstance(self.layers, str):
+            remaining = max(1, min(remaining, count - 1))
         if remaining >= count:
             raise StartError(f"depth: layers: {self.layers} shall remain, and the model has {count}.")
         return remaining
