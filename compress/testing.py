@@ -96,6 +96,8 @@ _CLASSES = {
     "t5": "T5ForConditionalGeneration",
     "vit": "ViTForImageClassification",
 }
+#: Those that say token by token what comes next.
+CAUSAL = tuple(family for family in FAMILIES if family not in _CLASSES)
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
