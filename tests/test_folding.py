@@ -55,7 +55,8 @@ EXPECTED = {
     },
     "gpt_oss": ATTENTION,
     "mixtral": ATTENTION,
-    **dict.fromkeys(("bert", "roberta"), {"attention.output.dense": "attention.self.value"}),
+    "bert": {"attention.output.dense": "attention.self.value"},
+    "roberta": {"attention.output.dense": "attention.self.value"},
     "distilbert": {"attention.out_lin": "attention.v_lin"},
     "modernbert": {"attn.Wqkv": "attn_norm", "attn.Wo": "attn.Wqkv", "mlp.Wi": "mlp_norm", "mlp.Wo": "mlp.Wi"},
     "t5": {
