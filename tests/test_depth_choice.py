@@ -8,10 +8,14 @@ import reference
 import torch
 
 import compress
+from compress.block_importance import SkipLosses
 from compress.errors import RecipeError, StartError
+from compress.images import windows_given
 from compress.maths.block_choice import removals, strongest, weakest_run
 from compress.maths.bridge import STRENGTHS, Moments, fit, ridge
+from compress.model import ModelHandle
 from compress.passes.depth import Depth
+from compress.progress import Step
 from compress.recipe import Recipe
 from compress.reshaping import parameters_of
 from compress.testing import outputs, tiny_inputs, tiny_model, tiny_tokens
@@ -107,16 +111,20 @@ def test_the_loss_of_skipping_a_block_is_what_the_model_without_it_gives(family)
 
 def test_greedy_takes_the_second_block_by_what_is_left():
     model, tokens = tiny_model("llama", num_hidden_layers=5), tiny_tokens()
-    found = Depth(layers=3, importance="loss")(copy.deepcopy(model), calibration=tokens)
     whole = outputs(model, tokens)
 
-    def loss(gone):
+    def loss(*gone):
         p, q = (t.double().log_softmax(-1) for t in (whole, reference.outputs_without(model, tokens, *gone)))
-        return float((p.exp() * (p - q)).sum())
+        return float((p.exp() * (p - q)).sum(-1).mean())
 
-    first = min(range(5), key=lambda i: loss([i]))
-    second = min((i for i in range(5) if i != first), key=lambda i: loss([first, i]))
-    assert found.measurements["kept"] == [i for i in range(5) if i not in (first, second)]
+    handle = ModelHandle.wrap(copy.deepcopy(model))
+    blocks, skipping = handle.block_list(), SkipLosses(handle, windows_given(tokens, model.config), 64)
+    second = skipping.measure({blocks[2].name}, [[blocks[0]], [blocks[3], blocks[4]]], Step())
+    assert second == pytest.approx([loss(0, 2), loss(2, 3, 4)], rel=1e-4)
+    found = Depth(layers=3, importance="loss")(copy.deepcopy(model), calibration=tokens)
+    first = min(range(5), key=loss)
+    then = min((i for i in range(5) if i != first), key=lambda i: loss(first, i))
+    assert found.measurements["kept"] == [i for i in range(5) if i not in (first, then)]
 
 
 def test_contiguous_removes_neighbours():
