@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compress.comparing import benchmark as benchmark
     from compress.errors import CompressError as CompressError
     from compress.loading import load as load
+    from compress.passes.alps import ALPS as ALPS
     from compress.passes.autoround import AutoRound as AutoRound
     from compress.passes.awq import AWQ as AWQ
     from compress.passes.bnb import Bnb as Bnb
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from compress.passes.rotate import Rotate as Rotate
     from compress.passes.rtn import RTN as RTN
     from compress.passes.smoothquant import SmoothQuant as SmoothQuant
+    from compress.passes.sparsegpt import SparseGPT as SparseGPT
     from compress.passes.wanda import Wanda as Wanda
     from compress.pipeline import run as run
     from compress.planning import plan as plan
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ALPS": "compress.passes.alps",
     "AWQ": "compress.passes.awq",
     "AutoRound": "compress.passes.autoround",
     "Bnb": "compress.passes.bnb",
@@ -59,6 +62,7 @@ _PUBLIC = {
     "Report": "compress.reports.report",
     "Rotate": "compress.passes.rotate",
     "SmoothQuant": "compress.passes.smoothquant",
+    "SparseGPT": "compress.passes.sparsegpt",
     "Wanda": "compress.passes.wanda",
     "benchmark": "compress.comparing",
     "load": "compress.loading",

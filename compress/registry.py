@@ -82,6 +82,7 @@ def _owner(point: EntryPoint) -> str:
 PASSES = Registry(
     "pass",
     {
+        "alps": "compress.passes.alps:ALPS",
         "autoround": "compress.passes.autoround:AutoRound",
         "awq": "compress.passes.awq:AWQ",
         "bnb": "compress.passes.bnb:Bnb",
@@ -97,6 +98,7 @@ PASSES = Registry(
         "rotate": "compress.passes.rotate:Rotate",
         "rtn": "compress.passes.rtn:RTN",
         "smoothquant": "compress.passes.smoothquant:SmoothQuant",
+        "sparsegpt": "compress.passes.sparsegpt:SparseGPT",
         "wanda": "compress.passes.wanda:Wanda",
     },
     "compress.passes",
