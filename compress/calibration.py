@@ -74,10 +74,10 @@ def trace_outside(model: ModelHandle, windows: Windows, names: Sequence[str]) ->
                 inputs.setdefault(name, args[0])
 
         handles.append(model.model.get_submodule(name).register_forward_hook(hook))
-    capture = Capture(None)
+    capture = Capture()
     first = model.load(model.block_list()[0])
     try:
-        out = run_recorded(model, model.model, next(batches_of(windows, windows.tokens.numel())), capture)
+        out = run_recorded(model, model.model, next(batches_of(windows, len(windows) * windows.length)), [capture])
     finally:
         model.release(first)
         for handle in handles:
@@ -198,7 +198,7 @@ class BlockCalibration:
                     return
             seen.append((x, [name]))
 
-        with _hooked(self.block.module, {name: partial(note, name) for name in names}):
+        with hooked(self.block.module, {name: partial(note, name) for name in names}):
             output = self._first_output()
         return _Calls([members for _, members in seen], counts), output
 
@@ -221,7 +221,7 @@ class BlockCalibration:
 
             handles.append(self.block.module.get_submodule(name).register_forward_hook(hook))
         try:
-            with _hooked(self.block.module, {name: partial(inputs.setdefault, name) for name in names}):
+            with hooked(self.block.module, {name: partial(inputs.setdefault, name) for name in names}):
                 hidden, call = next(self.stream.inputs(self.block))
                 result = called(self.block.module, hidden, call)
         finally:
@@ -252,7 +252,9 @@ class BlockCalibration:
         input now stands for both, and `unpaired` names it.
         """
         original = self._kept_original()
-        for (hidden, call, mask), before in zip(self.batches(), self.original_inputs(), strict=True):
+        calls = [calls[self.block.index] for calls in self.stream.original_calls]
+        batches = zip(self.batches(), self.original_inputs(), calls, strict=True)
+        for (hidden, call, mask), before, original_call in batches:
             tokens = hidden.shape[:-1].numel() if mask is None else int(mask.sum())
             earlier: dict[str, list[torch.Tensor]] = {name: [] for name in observers}
 
@@ -268,7 +270,7 @@ class BlockCalibration:
                     other = x
                 observers[name](x, other)
 
-            self._look(original, before, call, mask, {name: partial(keep, name) for name in observers})
+            self._look(original, before, original_call, mask, {name: partial(keep, name) for name in observers})
             self._look(self.block.module, hidden, call, mask, {name: partial(give, name) for name in observers})
 
     def _look(
@@ -290,7 +292,7 @@ class BlockCalibration:
             if not waiting and not self._repeated:
                 raise _Enough
 
-        with _hooked(module, {name: partial(give, name) for name in observers}), suppress(_Enough):
+        with hooked(module, {name: partial(give, name) for name in observers}), suppress(_Enough):
             called(module, hidden, call)
 
 
@@ -304,7 +306,7 @@ class _Calls:
 
 
 @contextmanager
-def _hooked(module: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
+def hooked(module: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
     """Each named submodule's observer is given the first argument of its calls."""
     handles = []
     for name, observer in observers.items():
