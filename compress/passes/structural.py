@@ -27,8 +27,6 @@ class StructuralPass(Pass):
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     leaves: ClassVar[str] = "dense"
     structural: ClassVar[bool] = True
-    #: Whether the blocks that are left are copies, beside those of a file that is mapped into memory.
-    copies_blocks: ClassVar[bool] = False
     changes_outside: ClassVar[bool] = True
 
     @abstractmethod
@@ -43,12 +41,8 @@ class StructuralPass(Pass):
         take_shape(model, self.smaller_config(model.model))
 
     def extra_bytes(self, shape: Any) -> int | None:
-        """Nothing beside the model, unless the pass says otherwise."""
+        """`shape`: as the pass finds the model. Nothing beside the model, unless the pass says otherwise."""
         return 0
-
-    def plan_note(self, model: PreTrainedModel) -> str:
-        """What the plan says of the pass, for a model as the pass finds it."""
-        return ""
 
     def text_bytes(self, shape: ModelShape, text: Text) -> int:
         """Peak of what it holds beside the model and, if blocks stay on disk, the block at hand, because of the
