@@ -102,9 +102,8 @@ def retokenised(
     texts = _texts(recipe.model_copy(update={"benchmark": False}), tokenizer, config, ready.folder)
     probe = texts.get("calibration")
     if probe is None and ready.evaluation is not None:
-        probe = cut_texts(
-            recipe.data, ["evaluation"], tokenizer, config, recipe.base, recipe.seed, ready.folder
-        )["evaluation"]
+        texts_of = cut_texts(recipe.data, ["evaluation"], tokenizer, config, recipe.base, recipe.seed, ready.folder)
+        probe = texts_of["evaluation"]
     before = ready.kept_tokens
     return replace(
         ready,

@@ -46,8 +46,7 @@ class DataEntry(_Section):
     """Where a text comes from and how it is cut into token windows. A bare string is its `source`."""
 
     source: str = Field(min_length=1)
-    """`builtin:<name>`, a local .txt or .jsonl file, or a Hugging Face dataset id; a model that reads images is
-    calibrated on a local folder of them."""
+    """`builtin:<name>`, a local .txt or .jsonl file, a Hugging Face dataset id; for calibration, a folder of images."""
     samples: int | None = Field(None, ge=1)
     """How many windows (with `pack: false`: documents). Calibration: 128; evaluation: all (builtin text: 64)."""
     length: int | None = Field(None, ge=2)

@@ -42,10 +42,10 @@ def replaced(layer: Layer, weight: Tensor) -> Iterator[None]:
 
 
 def _stream(model: ModelHandle, windows: Windows) -> CalibrationStream:
-    if len(model.stacks) > 1 or windows.input_name != "input_ids":
+    if len(model.stacks) > 1:
         kind = type(model.model).__name__
-        raise StartError(f"bits by measurement take models with one stack of blocks that read text; not {kind}.")
-    vocabulary = model.config.get_text_config().vocab_size
+        raise StartError(f"What is measured at the output, a layer at a time, takes one stack of blocks; not {kind}.")
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)  # what reads images has none
     return CalibrationStream(model, windows, batch_tokens(windows.length, vocabulary))
 
 

@@ -186,3 +186,13 @@ def test_what_trains_refuses_models_that_read_no_single_text():
     for family in ("t5", "vit"):
         with pytest.raises(StartError, match="is not trained here"):
             PASSES.get("llm_qat")()(tiny_model(family), training=tiny_inputs(family), original=tiny_model(family))
+
+
+def test_zeros_are_shared_out_by_measurement_where_there_is_one_stack():
+    pass_ = compress.Wanda(sparsity=0.5, allocation="measured")
+    assert pass_(tiny_model("vit"), calibration=tiny_inputs("vit")).coverage == 1.0
+    with pytest.raises(StartError, match="takes one stack of blocks; not T5"):
+        pass_(tiny_model("t5"), calibration=tiny_inputs("t5"))
+    assert (
+        compress.Wanda(sparsity=0.5, allocation="owl")(tiny_model("t5"), calibration=tiny_inputs("t5")).coverage > 0.9
+    )

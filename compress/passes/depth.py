@@ -127,7 +127,8 @@ class Depth(StructuralPass):
         if self.contiguous and self.importance == "cosine":
             paths = 1 + max([1, *self._gone(shape.handle.model)])
         elif self.importance == "loss":
-            paths, running = 4, running + 2 * LOGITS * shape.dtype.itemsize
+            logits = min(LOGITS, text.in_flight() * shape.vocabulary)
+            paths, running = 4, running + 2 * logits * shape.dtype.itemsize
         measuring = hidden_states(shape, text, paths) + running if self.drop is None else 0
         bridging = hidden_states(shape, text, 2) + self._bridge_bytes(shape) if self.bridge else 0
         return max(measuring, bridging)
