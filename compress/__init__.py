@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from compress.passes.rtn import RTN as RTN
     from compress.passes.smoothquant import SmoothQuant as SmoothQuant
     from compress.passes.wanda import Wanda as Wanda
+    from compress.passes.width import Width as Width
     from compress.pipeline import run as run
     from compress.planning import plan as plan
     from compress.recipe import Recipe as Recipe
@@ -60,6 +61,7 @@ _PUBLIC = {
     "Rotate": "compress.passes.rotate",
     "SmoothQuant": "compress.passes.smoothquant",
     "Wanda": "compress.passes.wanda",
+    "Width": "compress.passes.width",
     "benchmark": "compress.comparing",
     "load": "compress.loading",
     "plan": "compress.planning",

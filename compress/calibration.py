@@ -271,6 +271,29 @@ class BlockCalibration:
             self._look(original, before, call, mask, {name: partial(keep, name) for name in observers})
             self._look(self.block.module, hidden, call, mask, {name: partial(give, name) for name in observers})
 
+    @torch.no_grad()
+    def observe_missing(self, layer: str, place: str | None, observer: PairObserver) -> None:
+        """Runs the block, as it is now, over all batches: the observer is given the layer's input [tokens, in], and
+        what the input of the module `place` (None: the block's output) lacks of what it is in the original model
+        [tokens, width].
+
+        `place` may be the layer itself: then it is the layer's own output that is compared.
+        """
+        if place is None:
+            for (hidden, call, mask), goal in zip(self.batches(), self.original_outputs(), strict=True):
+                inputs: list[torch.Tensor] = []
+                with _hooked(self.block.module, {layer: inputs.append}):
+                    missing = goal - called(self.block.module, hidden, call)
+                tokens = inputs[0].reshape(*missing.shape[:-1], -1)  # some models give their layers rows
+                observer(_counted(tokens, mask), _counted(missing, mask))
+            return
+        if place == layer:
+            now, before = self.block.module.get_submodule(layer), self._kept_original().get_submodule(layer)
+            self.observe_pairs({layer: lambda x, y: observer(x, before(y) - now(x))})
+            return
+        given: list[torch.Tensor] = []
+        self.observe_pairs({layer: lambda x, _: given.append(x), place: lambda x, y: observer(given.pop(), y - x)})
+
     def _look(
         self,
         module: nn.Module,
@@ -283,15 +306,18 @@ class BlockCalibration:
         waiting = {name for name in observers if name not in self.silent}
 
         def give(name: str, x: torch.Tensor) -> None:
-            # Padding is no text: what it makes of the layer's input must not count.
-            counted = mask is not None and x.shape[:-1] == mask.shape
-            observers[name](x[mask.to(x.device)] if counted and mask is not None else x.reshape(-1, x.shape[-1]))
+            observers[name](_counted(x, mask))
             waiting.discard(name)
             if not waiting and not self._repeated:
                 raise _Enough
 
         with _hooked(module, {name: partial(give, name) for name in observers}), suppress(_Enough):
             called(module, hidden, call)
+
+
+def _counted(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[tokens, width] of [batch, length, width]. Padding is no text: what it makes of an input must not count."""
+    return x[mask.to(x.device)] if mask is not None and x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
 
 
 @dataclass(frozen=True)

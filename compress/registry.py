@@ -98,6 +98,7 @@ PASSES = Registry(
         "rtn": "compress.passes.rtn:RTN",
         "smoothquant": "compress.passes.smoothquant:SmoothQuant",
         "wanda": "compress.passes.wanda:Wanda",
+        "width": "compress.passes.width:Width",
     },
     "compress.passes",
 )

@@ -122,6 +122,8 @@ def small_options(cls: type[Pass]) -> dict[str, Any]:
         return {"format": "int8"}
     if cls.name == "depth":
         return {"layers": 2}
+    if cls.name == "width":
+        return {"intermediate_size": 40}
     small = {"group_size": 16, "tokens": 512, "iterations": 10, "preset": "fast"}
     return {name: value for name, value in small.items() if name in cls.model_fields}
 
