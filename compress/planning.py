@@ -24,6 +24,7 @@ from compress.loading import stored_dtype
 from compress.locating import locate
 from compress.opening import read_config, refuse_quantized, resolve_dtype
 from compress.passes.base import BlockPass, Pass
+from compress.passes.structural import StructuralPass
 from compress.registry import FORMATS
 from compress.shapes import ModelShape
 from compress.workspace import free_bytes
@@ -146,6 +147,10 @@ class _Walkthrough:
                 note += "; the size is an upper bound: how many bits each layer gets is measured"
             if coverage < self.recipe.min_coverage:
                 note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
+        elif isinstance(pass_, StructuralPass):
+            text = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
+            note = pass_.plan_note(self.shape.handle.model)
+            parts = costs.structural_pass(pass_, self.shape, self.holding, text)
         else:
             self.shape.apply(pass_)
             if not pass_.changes_weights:

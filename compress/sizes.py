@@ -22,7 +22,7 @@ def parse_share(value: Any) -> float:
     share = _percentage(value)
     share = value if share is None else share
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-        raise ValueError(f'{value} is no share to remove; allowed: more than 0 and less than 100%, as in 30% or 0.3')
+        raise ValueError(f"{value} is no share to remove; allowed: more than 0 and less than 100%, as in 30% or 0.3")
     return float(share)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ class Channels:
 
     key: str
     count: int
-    what = "intermediate_size"
-    sections: tuple[int, ...] = ()
+    sections: ClassVar[tuple[int, ...]] = ()
+    what: ClassVar[str] = "intermediate_size"
 
     def config(self, config: PretrainedConfig, count: int) -> PretrainedConfig:
         """The config with `count` channels."""
@@ -47,6 +48,11 @@ class Channels:
         """The figure that a recipe gives for so many parts."""
         return count
 
+    @property
+    def columns(self) -> int:
+        """Inputs of the layer that reads them."""
+        return self.count
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -56,7 +62,7 @@ class Groups:
     count: int
     run: int
     width: int
-    what = "heads"
+    what: ClassVar[str] = "heads"
 
     @property
     def sections(self) -> tuple[int, ...]:
@@ -76,6 +82,11 @@ class Groups:
     def size(self, count: int) -> int:
         """Query heads."""
         return count * self.run
+
+    @property
+    def columns(self) -> int:
+        """Inputs of the layer that reads what they give."""
+        return self.count * self.run * self.width
 
 
 Units = Channels | Groups
@@ -198,8 +209,8 @@ def _readers(model: nn.Module, shrunk: Mapping[str, int]) -> list[tuple[str, int
 
 
 def _arrangements(size: int, units: Units) -> list[Tensor]:
-    """Ways in which `size` rows may belong to parts, int64 `[parts, n]`: side by side; or one section after another (gate
-    and up; queries, keys, values), each in the order of the parts."""
+    """Ways in which `size` rows may belong to parts, int64 `[parts, n]`: one section after another (gate and up, or
+    queries, keys and values), each in the order of the parts; or each part's rows side by side."""
     rows, count = torch.arange(size), units.count
     if size % count:
         return []

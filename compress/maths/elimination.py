@@ -72,26 +72,22 @@ def _costs(weight: Tensor, inv: Tensor, groups: Tensor) -> Tensor:
     return torch.stack(costs)
 
 
-def loss_without(weight: Tensor, hessian: Tensor, columns: Tensor, damping: float, refit: bool) -> float:
-    """Mean squared error of the layer's output, summed over rows, when `columns` (int64) go; `refit`: and the others
-    make up for it."""
-    weight = weight.to(hessian.dtype)
-    part = weight[:, columns]
-    square = hessian[columns][:, columns]
-    if refit and len(columns) < len(hessian):
-        stays = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
-        stays[columns] = False
-        across = hessian[stays][:, columns]
-        root, _ = triangular_root(hessian[stays][:, stays], damping)
-        lower = root.flip(0, 1)
-        solved = torch.linalg.solve_triangular(lower, across.flip(0), upper=False)
-        square = square - solved.T @ solved
-    return max(float(((part @ square) * part).sum()) / 2, 0.0)
+def without(weight: Tensor, hessian: Tensor, columns: Tensor, damping: float = 0.01) -> Tensor:
+    """`W` with `columns` (int64) at zero and the others making up for them, `W_K + W_M H_MK H_KK^-1`, in the dtype of
+    `hessian`."""
+    stays = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
+    stays[columns] = False
+    result = weight.to(hessian.dtype).masked_fill(~stays, 0.0)
+    if not bool(stays.any()):
+        return result
+    missing = weight.to(hessian.dtype)[:, columns] @ hessian[columns][:, stays]
+    result[:, stays] = refitted(result[:, stays], hessian[stays][:, stays], missing, damping)
+    return result
 
 
 def refitted(weight: Tensor, hessian: Tensor, missing: Tensor, damping: float = 0.01) -> Tensor:
-    """`W + D (H + damping * mean diagonal)^-1`, in the dtype of `hessian`: the least-squares weight, held by the damping
-    near the one it had.
+    """`W + D (H + damping * mean diagonal)^-1`, in the dtype of `hessian`: the least-squares weight, which the damping
+    holds near the one it was.
 
     weight: `[out, in]`. hessian: `2 E[x x^T]`, `[in, in]`. missing: `D = 2 E[d x^T]`, `[out, in]`, `d` being what the
     layer's output lacks of what it shall be. Columns whose input was always zero stay as they are.
@@ -99,4 +95,3 @@ def refitted(weight: Tensor, hessian: Tensor, missing: Tensor, damping: float = 
     lower = triangular_root(hessian, damping)[0].flip(0, 1)
     solved = torch.cholesky_solve(missing.flip(1).T.to(hessian.dtype), lower).T.flip(1)
     return weight.to(hessian.dtype) + solved
-

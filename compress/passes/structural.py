@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from compress.costs import Text
     from compress.model import Block, ModelHandle
+    from compress.shapes import ModelShape
 
 
 class StructuralPass(Pass):
@@ -25,6 +27,8 @@ class StructuralPass(Pass):
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     leaves: ClassVar[str] = "dense"
     structural: ClassVar[bool] = True
+    #: Whether the blocks that are left are copies, beside those of a file that is mapped into memory.
+    copies_blocks: ClassVar[bool] = False
     changes_outside: ClassVar[bool] = True
 
     @abstractmethod
@@ -40,6 +44,15 @@ class StructuralPass(Pass):
 
     def extra_bytes(self, shape: Any) -> int | None:
         """Nothing beside the model, unless the pass says otherwise."""
+        return 0
+
+    def plan_note(self, model: PreTrainedModel) -> str:
+        """What the plan says of the pass, for a model as the pass finds it."""
+        return ""
+
+    def text_bytes(self, shape: ModelShape, text: Text) -> int:
+        """Peak of what it holds beside the model and, if blocks stay on disk, the block at hand, because of the
+        calibration text. `shape` is as the pass finds it."""
         return 0
 
 

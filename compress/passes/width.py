@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from compress.errors import CompressError, StartError
 from compress.passes.base import Context, PassResult
@@ -26,12 +24,15 @@ from compress.sizes import Count, Share, Size, counted, one_way
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from compress.model import Block, ModelHandle
-    from compress.stream import CalibrationStream
-    from compress.units import Places, Units
+    from compress.costs import Text
+    from compress.model import ModelHandle
+    from compress.shapes import ModelShape
+    from compress.units import Units
 
 #: How many parts of each kind stay.
 Mix = tuple[int, ...]
+#: Mixes of heads and channels that are tried.
+MIXES = 6
 
 
 class Width(StructuralPass):
@@ -40,6 +41,7 @@ class Width(StructuralPass):
 
     name: ClassVar[str] = "width"
     needs_calibration: ClassVar[bool] = True
+    copies_blocks: ClassVar[bool] = True
 
     amount: Share | None = Field(
         default=None,
@@ -83,6 +85,8 @@ class Width(StructuralPass):
             self._units(model)
         except StartError as error:
             return str(error)
+        if self.importance == "taylor" and model.get_output_embeddings() is None:
+            return f"importance: taylor needs a model that predicts tokens, and {type(model).__name__} has no head."
         return None
 
     def _units(self, model: PreTrainedModel) -> list[Units]:
@@ -90,8 +94,8 @@ class Width(StructuralPass):
         from compress.units import find_channels, find_groups
 
         if self.amount is None and self.to is None:
-            named = [(self.heads, find_groups), (self.intermediate_size, find_channels)]
-            return [find(model) for size, find in named if size is not None]
+            found: list[Units] = [] if self.heads is None else [find_groups(model)]
+            return found if self.intermediate_size is None else [*found, find_channels(model)]
         channels = find_channels(model)
         try:
             return [find_groups(model), channels]
@@ -102,6 +106,34 @@ class Width(StructuralPass):
         """Where the mix of channels and heads is measured, that with most parameters."""
         units = self._units(model)
         return self._config(model, units, self._mixes(model, units)[-1])
+
+    def plan_note(self, model: PreTrainedModel) -> str:
+        units = self._units(model)
+        if len(self._mixes(model, units)) == 1:
+            return ""
+        return "the size is an upper bound: how many channels and how many heads stay is measured"
+
+    def text_bytes(self, shape: ModelShape, text: Text) -> int:
+        """The hidden states, those of the original too for the fit; one batch on its way, or the tables of the largest
+        reader: Hessians, and what factorising, inverting or solving adds; logits, where mixes are compared."""
+        from compress.budget import batch_tokens
+        from compress.costs import activations
+        from compress.narrowing import TRIAL_TOKENS
+
+        hidden: int = shape.hidden * shape.dtype.itemsize
+        tokens, chosen = text.in_flight(), self.amount is not None or self.to is not None
+        taylor = self.importance == "taylor"
+        kept = text.tokens * ((1 + self.refit) * hidden + 8)
+        kept += MIXES * min(TRIAL_TOKENS, text.tokens) * hidden if chosen else 0
+        logits = 4 * batch_tokens(text.length, shape.vocabulary) * shape.vocabulary * shape.dtype.itemsize
+        running = activations(shape, shape.widest, tokens, text.length) + tokens * hidden
+        columns = [kind.columns for kind in self._units(shape.handle.model)]
+        hessians = 4 * sum(n**2 for n in columns)
+        solving = max(4 * (3 * n**2 + 3 * n * shape.hidden) for n in columns)
+        most = hessians + max(running, solving, logits if chosen or taylor else 0)
+        if taylor:  # before all else: what enters every block, and the graph of one
+            most = max(most, text.tokens * hidden * len(shape.handle.block_list()) + 3 * running)
+        return kept + most
 
     def _config(self, model: PreTrainedModel, units: Sequence[Units], mix: Mix) -> PretrainedConfig:
         config = model.config
@@ -129,14 +161,16 @@ class Width(StructuralPass):
             raise StartError(f"width: {kind.what}: {size} shall remain, and the model has {whole}.")
         possible = allowed(model, kind)
         if isinstance(size, str) and per == 1 and kind.what != "heads":
-            return min(kind.count, max(1, round(counted(size, whole) / self.multiple)) * self.multiple)
+            rounded = max(1, round(counted(size, whole) / self.multiple)) * self.multiple
+            return rounded if rounded < kind.count else kind.count
         if isinstance(size, str):
-            return min(possible, key=lambda n: (abs(n * per - counted(size, whole)), n))
+            share = counted(size, whole)
+            return min(possible, key=lambda n: (abs(n * per - share), n))
         if size % per or size // per not in possible:
             sizes = ", ".join(str(n * per) for n in possible)
-            why = f"each key and value head goes with the {per} query heads that share it" if per > 1 else (
-                "transformers does not take every number of heads beside this hidden size"
-            )
+            why = "transformers does not take every number of heads beside this hidden size"
+            if size % per:
+                why = f"each key and value head goes with the {per} query heads that share it"
             raise StartError(f"width: heads: {size} cannot remain, since {why}; allowed: {sizes}.")
         return size // per
 
@@ -158,27 +192,27 @@ class Width(StructuralPass):
         return whole - self.to
 
     def _mixes_for(self, model: PreTrainedModel, units: Sequence[Units], remove: float) -> list[Mix]:
+        """Each number of groups that may stay, with as many channels as then stay."""
         from compress.units import allowed
 
-        *groups, channels = units
-        per_channel = _parameters_per_part(model, channels)
-        per_group = _parameters_per_part(model, groups[0]) if groups else 0
-        found = []
-        for kept in allowed(model, groups[0]) if groups else [0]:
-            rest = remove - (groups[0].count - kept) * per_group if groups else remove
-            count = channels.count if rest <= 0 else int((channels.count - rest / per_channel) // self.multiple)
-            count = count if rest <= 0 else count * self.multiple
+        *others, channels = units
+        *per_group, per_channel = [_parameters_per_part(model, kind) for kind in units]
+        found: dict[Mix, float] = {}
+        for kept in _some(allowed(model, others[0])) if others else [0]:
+            rest = remove - sum((kind.count - kept) * per for kind, per in zip(others, per_group, strict=True))
+            fitting = int((channels.count - rest / per_channel) // self.multiple) * self.multiple
+            count = channels.count if rest <= 0 else fitting
             if count >= 1:
-                found.append((kept, count) if groups else (count,))
+                mix = (kept, count) if others else (count,)
+                found[mix] = sum(kept * per for per in per_group) + count * per_channel
         if not found:
-            most = (channels.count - self.multiple) * per_channel + (groups[0].count - 1) * per_group if groups else (
-                channels.count - self.multiple) * per_channel
+            most = (channels.count - self.multiple) * per_channel
+            most += sum((kind.count - 1) * per for kind, per in zip(others, per_group, strict=True))
             raise StartError(
                 f"width: that much cannot be removed: {self.multiple} channels and a group of heads stay in every "
-                f"block, so at most {max(0, most) / _blocks_parameters(model):.0%} of the blocks' parameters can go."
+                f"block, so at most {max(0.0, most) / _blocks_parameters(model):.0%} of the blocks' parameters can go."
             )
-        left = {mix: sum(n * p for n, p in zip(mix, [per_group, per_channel][-len(mix):], strict=True)) for mix in found}
-        return sorted(found, key=lambda mix: (left[mix], mix))
+        return sorted(found, key=lambda mix: (found[mix], mix))
 
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         from compress.narrowing import Narrowing
@@ -191,13 +225,19 @@ class Width(StructuralPass):
         before = parameters_of(model.model)
         work = Narrowing(self, model, context, units)
         found = work.measured(mixes)
-        best = min(range(len(mixes)), key=lambda index: (found["losses"][index], index))
+        best = min(range(len(mixes)), key=lambda index: (found["costs"][index], index))
         mix = mixes[best]
         config = self._config(model.model, units, mix)
         records, coverage = work.cut(config, mix, found["orders"])
         sizes = {kind.what: kind.size(count) for kind, count in zip(units, mix, strict=True)}
         said = {"parameters_before": before, "parameters": parameters_of(model.model), **sizes}
         return PassResult(model, records, coverage, said)
+
+
+def _some(counts: list[int]) -> list[int]:
+    """At most `MIXES` of them, evenly spread, the largest among them."""
+    step = max(1, -(-len(counts) // MIXES))
+    return counts[::-1][::step][::-1]
 
 
 def _blocks_parameters(model: PreTrainedModel) -> int:
