@@ -2,8 +2,9 @@
 
 Run by path (`python -P plain_check.py JOB.json`), never as a part of the package: it shows that somebody who does not
 have this package can use the folder. JOB.json: {"model": folder, "ids": safetensors file with `ids` [n, length] int64,
-"out": safetensors file to write `output` to, "causal": bool, "dtype", "device", "threads"}. `output` is float32: the
-logits [n, length, vocabulary], or an encoder's last hidden state [n, length, hidden].
+or pixels, "out": safetensors file to write `output` to, "class": that of transformers which loads it, "dtype",
+"device", "threads"}. `output` is float32: the logits [n, length, vocabulary], or an encoder's last hidden state
+[n, length, hidden]. The decoder of an encoder-decoder is given the same text, one place later.
 """
 
 import json
@@ -14,22 +15,26 @@ from pathlib import Path
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     import torch
+    import transformers
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
-    auto = AutoModelForCausalLM if job["causal"] else AutoModel
-    model = auto.from_pretrained(job["model"], dtype=job["dtype"], trust_remote_code=False, use_safetensors=True)
+    cls = getattr(transformers, job["class"])
+    model = cls.from_pretrained(job["model"], dtype=job["dtype"], trust_remote_code=False, use_safetensors=True)
     model.to(job["device"]).eval()
     ids = load_file(job["ids"])["ids"].to(job["device"])
     rows = []
     with torch.inference_mode():
         for row in ids.split(1):
-            result = model(input_ids=row)
-            rows.append((result.logits if job["causal"] else result.last_hidden_state).float().cpu())
+            inputs = {model.main_input_name: row}
+            if model.config.is_encoder_decoder:
+                start = getattr(model.config, "decoder_start_token_id", None) or model.config.pad_token_id or 0
+                inputs["decoder_input_ids"] = torch.cat([torch.full_like(row[:, :1], start), row[:, :-1]], dim=1)
+            result = model(**inputs)
+            rows.append((result.logits if hasattr(result, "logits") else result.last_hidden_state).float().cpu())
     if "compress" in sys.modules:
         raise SystemExit("The package compress was imported, so this load proves nothing about plain transformers.")
     save_file({"output": torch.cat(rows).contiguous()}, job["out"])

@@ -87,15 +87,26 @@ def is_causal(config: dict[str, Any]) -> bool:
     return config.get("model_type") in NAMES
 
 
+def plain_class(config: dict[str, Any]) -> str:
+    """The name of the class of transformers that loads a model of this config: the one its config names, as far as
+    transformers has it, or else an auto class."""
+    import transformers
+
+    architectures = config.get("architectures") or []
+    if architectures and hasattr(transformers, architectures[0]):
+        return str(architectures[0])
+    return "AutoModelForCausalLM" if is_causal(config) else "AutoModel"
+
+
 def load_plain(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any:
     """The model by transformers alone, as any user would load it, in evaluation mode.
 
     Errors: CompressError in one sentence when transformers cannot load it. Nothing remote is trusted, and pickled
     weights are not read.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    import transformers
 
-    auto = AutoModelForCausalLM if is_causal(read_config(folder)) else AutoModel
+    auto = getattr(transformers, plain_class(read_config(folder)))
     with quiet():
         try:
             model = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)

@@ -24,12 +24,12 @@ TOLERANCE, TOLERANCE_16_BIT = 1e-3, 1e-2
 def plain_output(folder: Path, ids: Tensor, workdir: Path, *, device: str = "cpu", threads: int = 1) -> Tensor:
     """What plain transformers computes from the folder in a fresh process that never imports this package.
 
-    `ids`: int64 [n, length]. Float32 logits [n, length, vocabulary]; of an encoder, the last hidden state.
+    `ids`: int64 [n, length], or pixels. Float32 logits [n, length, vocabulary]; of an encoder, the last hidden state.
     """
     from safetensors.torch import load_file, save_file
 
     from compress.locating import locate
-    from compress.measure.runtimes import is_causal, read_config
+    from compress.measure.runtimes import plain_class, read_config
 
     folder = locate(folder)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def plain_output(folder: Path, ids: Tensor, workdir: Path, *, device: str = "cpu
         save_file({"ids": ids.contiguous()}, work / "ids.safetensors")
         job = {
             "model": str(folder), "ids": str(work / "ids.safetensors"), "out": str(work / "output.safetensors"),
-            "causal": is_causal(read_config(folder)), "dtype": "auto", "device": device, "threads": threads,
+            "class": plain_class(read_config(folder)), "dtype": "auto", "device": device, "threads": threads,
         }  # fmt: skip
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, "-P", str(CHECK), str(work / "job.json")]
