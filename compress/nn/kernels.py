@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress.maths.activations import rounded_tokens, token_codes, token_scales
+from compress.nn import cpu
 
 if TYPE_CHECKING:
     from compress.nn.quant_linear import QuantLinear
@@ -66,6 +67,7 @@ def _multiply_int8(layer: QuantLinear, x: Tensor) -> Tensor:
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("int8", _fits_int8, _multiply_int8),
+    Kernel("cpu", cpu.fits, cpu.multiply),
     Kernel("torch", lambda layer, x: True, _dequantize_and_multiply),
 )
 
