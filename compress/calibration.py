@@ -275,27 +275,35 @@ class BlockCalibration:
             self._look(self.block.module, hidden, call, mask, {name: partial(give, name) for name in observers})
 
     @torch.no_grad()
-    def observe_missing(self, layer: str, place: str | None, observer: PairObserver) -> None:
+    def observe_missing(
+        self, layer: str, place: str | None, observer: PairObserver, channels: torch.Tensor | None = None
+    ) -> None:
         """Runs the block, as it is now, over all batches: the observer is given the layer's input [tokens, in], and
         what the input of the module `place` (None: the block's output) lacks of what it is in the original model
-        [tokens, width].
+        [tokens, width], in those `channels` of the original that there are now (None: all).
 
         `place` may be the layer itself: then it is the layer's own output that is compared.
         """
+
+        def chosen(original: torch.Tensor) -> torch.Tensor:
+            return original if channels is None else original[..., channels]
+
         if place is None:
             for (hidden, call, mask), goal in zip(self.batches(), self.original_outputs(), strict=True):
                 inputs: list[torch.Tensor] = []
                 with hooked(self.block.module, {layer: inputs.append}):
-                    missing = goal - called(self.block.module, hidden, call)
+                    missing = chosen(goal) - called(self.block.module, hidden, call)
                 tokens = inputs[0].reshape(*missing.shape[:-1], -1)  # some models give their layers rows
                 observer(_counted(tokens, mask), _counted(missing, mask))
             return
         if place == layer:
             now, before = (m.get_submodule(layer) for m in (self.block.module, self._kept_original()))
-            self.observe_pairs({layer: lambda x, y: observer(x, _given(before, y) - _given(now, x))})
+            self.observe_pairs({layer: lambda x, y: observer(x, chosen(_given(before, y)) - _given(now, x))})
             return
         given: list[torch.Tensor] = []
-        self.observe_pairs({layer: lambda x, _: given.append(x), place: lambda x, y: observer(given.pop(), y - x)})
+        self.observe_pairs(
+            {layer: lambda x, _: given.append(x), place: lambda x, y: observer(given.pop(), chosen(y) - x)}
+        )
 
     def _look(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.budget import batch_tokens
 from compress.calibration import BlockCalibration
-from compress.data import Windows, windows_from
+from compress.data import Windows
 from compress.importance import Scores, taylor_scores
 from compress.maths.elimination import eliminate, refitted, without
 from compress.maths.hessian import CrossMoment, Hessian, NotPositiveDefinite
@@ -24,7 +24,7 @@ from compress.model import Block, ModelHandle, find_stacks
 from compress.reshaping import empty_model, take_shape
 from compress.sensitivity import divergence, replaced
 from compress.stream import CalibrationStream
-from compress.units import Places, Units, cut, fewer, find_landing, find_places, put
+from compress.units import Places, Units, cut, fewer, find_landing, find_places, probe_windows, put
 from compress.walk import over_blocks
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from compress.passes.base import Context
     from compress.passes.width import Mix, Width
 
-#: Random tokens on which blocks are checked: so many windows of so many.
-PROBE_WINDOWS, PROBE_LENGTH = 2, 16
 #: Tokens of the calibration text on which mixes are compared.
 TRIAL_TOKENS = 8192
 
@@ -46,7 +44,7 @@ class Narrowing:
         assert context.calibration is not None
         self.pass_, self.model, self.context, self.units = pass_, model, context, units
         self.windows = context.calibration
-        self.probe = CalibrationStream(model, _probe_windows(model))
+        self.probe = CalibrationStream(model, probe_windows(model))
         trial = [kind.config(model.config, fewer(model.model, kind)) for kind in units]
         #: For each kind of part, the blocks with fewer of it, without weights.
         self.smaller = [find_stacks(empty_model(model.model, config))[0] for config in trial]
@@ -249,10 +247,3 @@ def _first(windows: Windows, tokens: int) -> Windows:
     count = max(1, tokens // windows.length)
     mask = None if windows.mask is None else windows.mask[:count]
     return replace(windows, tokens=windows.tokens[:count], mask=mask)
-
-
-def _probe_windows(model: ModelHandle) -> Windows:
-    generator = torch.Generator().manual_seed(0)
-    length = min(PROBE_LENGTH, model.context_length or PROBE_LENGTH)
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return windows_from(torch.randint(0, vocabulary, (PROBE_WINDOWS, length), generator=generator), None)

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compress.calibration import BlockCalibration
+from compress.data import Windows, windows_from
 from compress.errors import StartError
-from compress.model import Block, Layer, find_stacks, place_tensors
+from compress.model import Block, Layer, ModelHandle, find_stacks, place_tensors
 from compress.reshaping import empty_model, without_blocks
 from compress.residual import is_norm
 from compress.stream import CalibrationStream, called
 
+#: Random tokens on which blocks are checked: so many windows of so many.
+PROBE_WINDOWS, PROBE_LENGTH = 2, 16
 #: Keys that may be absent or None, and then stand for so many times the hidden size.
 _UNSAID = {"n_inner": 4, "intermediate_size": 4}
 
@@ -89,6 +92,21 @@ class Groups:
         return self.count * self.run * self.width
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The channels of the residual stream: `count` of them; heads keep their `width`."""
+
+    count: int
+    width: int
+
+    def config(self, config: PretrainedConfig, count: int) -> PretrainedConfig:
+        """The config with `count` channels."""
+        config = deepcopy(config)
+        text = config.get_text_config()
+        text.head_dim, text.hidden_size = self.width, count
+        return config
+
+
 Units = Channels | Groups
 
 
@@ -144,6 +162,40 @@ def find_groups(model: PreTrainedModel) -> Groups:
         if len(readers) == 1 and readers[0][1] == heads * width:
             return units
     raise StartError(f"the config of {kind} has no head_dim: fewer heads would each be wider, so none can go.")
+
+
+def find_stream(model: PreTrainedModel) -> Stream:
+    """StartError, with the reason, where the config cannot say that the stream has fewer channels and heads are as wide
+    as they were."""
+    config = without_blocks(model.config, [0])
+    text, kind = config.get_text_config(), type(model).__name__
+    heads = int(text.num_attention_heads)
+    units = Stream(int(text.hidden_size), int(getattr(text, "head_dim", None) or text.hidden_size // heads))
+    before = empty_model(model, config)
+    shrunk = _shrunk(before, _built(model, units.config(config, units.count // heads // 2 * heads)))
+    embedding = next(n for n, p in before.named_parameters() if p is model_embedding(before))
+    alike = all(before.get_parameter(name).shape[d] == units.count for name, d in shrunk.items())
+    if any(before.get_parameter(name).dim() > 2 for name in shrunk):
+        raise StartError(f"the MLP of {kind} is a set of experts in one tensor; their hidden size is not cut.")
+    if shrunk.get(embedding) == 1 and alike:
+        return units
+    raise StartError(f"the config of {kind} cannot say that the hidden size is another and its heads are not.")
+
+
+def model_embedding(model: PreTrainedModel) -> nn.Parameter:
+    """The embedding's table."""
+    weight: nn.Parameter = model.get_input_embeddings().weight
+    return weight
+
+
+def takes(model: PreTrainedModel, units: Stream, count: int) -> bool:
+    """Whether transformers takes the config with so many channels."""
+    return _built(model, units.config(without_blocks(model.config, [0]), count)) is not None
+
+
+def shrunk_tensors(before: nn.Module, after: nn.Module) -> dict[str, int]:
+    """Tensors that are smaller afterwards, each with the dimension in which it is."""
+    return _shrunk(before, after)
 
 
 def allowed(model: PreTrainedModel, units: Units) -> list[int]:
@@ -329,3 +381,11 @@ def _same(found: Tensor, expected: Tensor, whole: Tensor) -> bool:
     epsilon = torch.finfo(found.dtype).eps
     error, size = (found - expected).double().norm(), expected.double().norm()
     return bool(error <= epsilon**0.5 * size + 4 * epsilon * whole.double().norm()) and bool(size > 0)
+
+
+def probe_windows(model: ModelHandle) -> Windows:
+    """Random tokens on which blocks are checked."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(PROBE_LENGTH, model.context_length or PROBE_LENGTH)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return windows_from(torch.randint(0, vocabulary, (PROBE_WINDOWS, length), generator=generator), None)

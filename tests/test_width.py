@@ -17,7 +17,7 @@ from compress.reshaping import parameters_of
 from compress.shapes import ModelShape
 from compress.stream import CalibrationStream
 from compress.testing import FAMILIES, check_pass, outputs, save_tiny, tiny_model, tiny_tokens
-from compress.units import find_channels, find_groups, find_landing
+from compress.units import find_channels, find_groups, find_landing, probe_windows
 
 EXPERTS = ("gpt_oss", "mixtral")
 #: Families whose config can say that there are fewer heads of the same width.
@@ -46,12 +46,11 @@ def _width(model, **options):
 def _silence(model, units, parts):
     """Makes some parts of every block give nothing: zero columns of the layers that read them."""
     from compress.model import find_stacks
-    from compress.narrowing import _probe_windows
     from compress.reshaping import empty_model
     from compress.units import fewer, find_places
 
     handle = ModelHandle.wrap(model)
-    probe = CalibrationStream(handle, _probe_windows(handle))
+    probe = CalibrationStream(handle, probe_windows(handle))
     smaller = find_stacks(empty_model(model, units.config(model.config, fewer(model, units))))[0]
     for block in handle.block_list():
         places = find_places(block, smaller.modules[block.index], units, probe)
@@ -152,10 +151,9 @@ LANDINGS = {
 
 @pytest.mark.parametrize(("family", "reader"), LANDINGS)
 def test_where_a_layer_is_added_to_the_stream_is_found(family, reader):
-    from compress.narrowing import _probe_windows
 
     handle = ModelHandle.wrap(tiny_model(family))
-    found = find_landing(handle.block_list()[0], reader, CalibrationStream(handle, _probe_windows(handle)))
+    found = find_landing(handle.block_list()[0], reader, CalibrationStream(handle, probe_windows(handle)))
     assert found == LANDINGS[family, reader]
 
 
@@ -331,3 +329,90 @@ def test_heads_that_transformers_does_not_take_beside_the_hidden_size_are_refuse
     model = tiny_model(num_attention_heads=8, num_key_value_heads=8, head_dim=4)
     with pytest.raises(StartError, match=r"does not take every number of heads.* allowed: 1, 2, 4, 8"):
         _width(model, heads=6)
+
+
+STREAMS = ("llama", "qwen3", "mistral", "phi3")
+
+
+@pytest.mark.parametrize("family", STREAMS)
+def test_a_narrower_stream_conforms(family):
+    check_pass(compress.Width(hidden_size=24), family)
+
+
+@pytest.mark.parametrize("family", STREAMS)
+@pytest.mark.parametrize("importance", ["reconstruction", "activation"])
+def test_channels_of_the_stream_that_carry_nothing_go_and_the_outputs_stay(family, importance):
+    """The norms divide by the size of fewer channels from then on; the fit takes that up."""
+    model = tiny_model(family)
+    silent = torch.tensor([0, 5, 6, 11, 17, 18, 30, 31])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, silent] = 0.0
+        for block in ModelHandle.wrap(model).block_list():
+            for layer in block.layers().values():
+                if len(layer.weight) == 32 and "q_proj" not in layer.name:  # what writes to the stream
+                    layer.weight[silent] = 0.0
+    before = outputs(model, tiny_tokens())
+    _width(model, hidden_size="75%", importance=importance, damping=1e-6)
+    assert model.config.hidden_size == 24
+    assert torch.allclose(outputs(model, tiny_tokens()), before, atol=2e-2)
+
+
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}])
+def test_the_fit_brings_a_narrower_stream_nearer(changes):
+    expected, lost = outputs(tiny_model(**changes), tiny_tokens()), {}
+    for refit in (False, True):
+        model = tiny_model(**changes)
+        _width(model, hidden_size=28, refit=refit)
+        lost[refit] = float((outputs(model, tiny_tokens()) - expected).square().mean())
+    assert lost[True] < 0.7 * lost[False]
+
+
+@pytest.mark.parametrize("residency", ["memory", "disk"])
+def test_a_narrower_stream_killed_half_way_ends_with_the_same_bytes(
+    folder, tmp_path, residency, monkeypatch, unverified
+):
+    from compress.hidden import NarrowStream
+
+    values = {"passes": [{"width": {"hidden_size": 24}}], "residency": residency}
+    planned = compress.plan(Recipe.from_dict(_values(folder, tmp_path, **values))).weights_bytes
+    run(_values(folder, tmp_path / "whole", **values))
+    fit = NarrowStream._fit_readers
+
+    def second(self, block, *args):
+        if block.index == 1:
+            raise KeyboardInterrupt
+        fit(self, block, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NarrowStream, "_fit_readers", second)
+        with pytest.raises(KeyboardInterrupt):
+            run(_values(folder, tmp_path / "killed", **values))
+    run(_values(folder, tmp_path / "killed", **values))
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].stat().st_size == planned
+
+
+STREAM_REFUSED = {
+    "gpt2": ("gpt2", {"hidden_size": 24}, "cannot say that the hidden size is another"),
+    "bert": ("bert", {"hidden_size": 24}, "cannot say that the hidden size is another"),
+    "experts": ("mixtral", {"hidden_size": 24}, "set of experts"),
+    "more": ("llama", {"hidden_size": 40}, "hidden_size: 40 shall remain, and the model has 32"),
+    "as many": ("llama", {"hidden_size": "100%"}, "nothing would be removed"),
+    "not divisible": ("llama", {"hidden_size": 30}, "does not take 30 beside this number of heads"),
+}
+
+
+@pytest.mark.parametrize("case", STREAM_REFUSED)
+def test_a_hidden_size_that_cannot_be_is_refused_in_the_plan_and_by_the_pass(case):
+    family, options, said = STREAM_REFUSED[case]
+    model = tiny_model(family)
+    with pytest.raises(StartError, match=said):
+        ModelShape.of(model.config, model.dtype, type(model).__name__).apply(compress.Width(**options))
+    with pytest.raises(StartError, match=said):
+        _width(model, **options)
+
+
+def test_embeddings_scaled_by_the_hidden_size_are_refused():
+    with pytest.raises(StartError, match="not the rows of its embedding as they are"):
+        _width(tiny_model("gemma3"), hidden_size=24)

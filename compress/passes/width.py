@@ -59,6 +59,11 @@ class Width(StructuralPass):
         description="Instead, or with `intermediate_size`: query heads of each block that shall remain, a number or a "
         "percentage. Heads that share a key and value head go together.",
     )
+    hidden_size: Count | None = Field(
+        default=None,
+        description="Instead: channels of the residual stream that shall remain, a number or a percentage: embedding, "
+        "norms, head and all layers get narrower.",
+    )
     multiple: int = Field(default=8, ge=1, description="Channels are rounded to a multiple of this.")
     importance: Literal["reconstruction", "activation", "taylor"] = Field(
         default="reconstruction",
@@ -74,6 +79,12 @@ class Width(StructuralPass):
         "if that is too little.",
     )
 
+    @model_validator(mode="after")
+    def _importance_of_channels(self) -> Width:
+        if self.hidden_size is not None and self.importance == "taylor":
+            raise ValueError("importance: taylor is for channels of MLPs and for heads; hidden_size has activation")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _one_way(cls, options: Any) -> Any:
@@ -81,10 +92,16 @@ class Width(StructuralPass):
 
     def refuses(self, model: PreTrainedModel) -> str | None:
         """Where the parts it shall remove cannot be told apart in this kind of model."""
+        from compress.units import find_stream
+
         try:
             self._units(model)
+            if self.hidden_size is not None:
+                find_stream(model)
         except StartError as error:
             return str(error)
+        if self.hidden_size is not None and model.get_output_embeddings() is None:
+            return f"{type(model).__name__} has no head: its hidden size is what it gives."
         if self.importance == "taylor" and model.get_output_embeddings() is None:
             return f"importance: taylor needs a model that predicts tokens, and {type(model).__name__} has no head."
         return None
@@ -93,6 +110,8 @@ class Width(StructuralPass):
         """The kinds of parts that are removed, heads first: the order in which a block computes them."""
         from compress.units import find_channels, find_groups
 
+        if self.hidden_size is not None:
+            return []
         if self.amount is None and self.to is None:
             found: list[Units] = [] if self.heads is None else [find_groups(model)]
             return found if self.intermediate_size is None else [*found, find_channels(model)]
@@ -104,12 +123,39 @@ class Width(StructuralPass):
 
     def smaller_config(self, model: PreTrainedModel) -> PretrainedConfig:
         """Where the mix of channels and heads is measured, that with most parameters."""
+        if self.hidden_size is not None:
+            return self._narrow(model)
         units = self._units(model)
         return self._config(model, units, self._mixes(model, units)[-1])
 
+    def _narrow(self, model: PreTrainedModel) -> PretrainedConfig:
+        """The config with fewer channels of the stream. A percentage becomes the nearest number that is possible."""
+        from compress.units import find_stream, takes
+
+        units = find_stream(model)
+        asked = self.hidden_size
+        assert asked is not None
+        if isinstance(asked, str):
+            share = counted(asked, units.count)
+            some = [*range(self.multiple, units.count, self.multiple), units.count]
+            near = sorted(some, key=lambda n: (abs(n - share), n))
+            found = next((n for n in near if takes(model, units, n)), units.count)
+        else:
+            found = asked
+        if found > units.count:
+            raise StartError(f"width: hidden_size: {asked} shall remain, and the model has {units.count}.")
+        if found == units.count:
+            raise StartError("width: as much shall remain as there is, so nothing would be removed.")
+        if not takes(model, units, found):
+            raise StartError(
+                f"width: hidden_size: transformers does not take {found} beside this number of heads; give a multiple "
+                "of that, or a percentage."
+            )
+        return units.config(model.config, found)
+
     def plan_note(self, model: PreTrainedModel) -> str:
         units = self._units(model)
-        if len(self._mixes(model, units)) == 1:
+        if not units or len(self._mixes(model, units)) == 1:
             return ""
         return "the size is an upper bound: how many channels and how many heads stay is measured"
 
@@ -128,6 +174,9 @@ class Width(StructuralPass):
         logits = 4 * batch_tokens(text.length, shape.vocabulary) * shape.vocabulary * shape.dtype.itemsize
         running = activations(shape, shape.widest, tokens, text.length) + tokens * hidden
         columns = [kind.columns for kind in self._units(shape.handle.model)]
+        if self.hidden_size is not None:
+            first = shape.handle.block_list()[0].layers().values()
+            columns = sorted({layer.weight.shape[1] for layer in first})
         hessians = 4 * sum(n**2 for n in columns)
         solving = max(4 * (3 * n**2 + 3 * n * shape.hidden) for n in columns)
         most = hessians + max(running, solving, logits if chosen or taylor else 0)
@@ -220,9 +269,11 @@ class Width(StructuralPass):
 
         if context.calibration is None:
             raise CompressError("width needs calibration text")
+        before = parameters_of(model.model)
+        if self.hidden_size is not None:
+            return self._run_narrow(model, context, before)
         units = self._units(model.model)
         mixes = self._mixes(model.model, units)
-        before = parameters_of(model.model)
         work = Narrowing(self, model, context, units)
         found = work.measured(mixes)
         best = min(range(len(mixes)), key=lambda index: (found["costs"][index], index))
@@ -232,6 +283,15 @@ class Width(StructuralPass):
         sizes = {kind.what: kind.size(count) for kind, count in zip(units, mix, strict=True)}
         said = {"parameters_before": before, "parameters": parameters_of(model.model), **sizes}
         return PassResult(model, records, coverage, said)
+
+    def _run_narrow(self, model: ModelHandle, context: Context, before: int) -> PassResult:
+        from compress.hidden import NarrowStream
+        from compress.reshaping import parameters_of
+
+        config = self._narrow(model.model)
+        records, coverage = NarrowStream(self, model, context, config).run()
+        said = {"parameters_before": before, "parameters": parameters_of(model.model)}
+        return PassResult(model, records, coverage, said | {"hidden_size": config.get_text_config().hidden_size})
 
 
 def _some(counts: list[int]) -> list[int]:
