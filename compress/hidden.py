@@ -19,6 +19,7 @@ from compress.errors import StartError
 from compress.maths.elimination import refitted
 from compress.maths.hessian import CrossMoment, Hessian, NotPositiveDefinite
 from compress.model import Block, ModelHandle, find_stacks
+from compress.narrowing import fill
 from compress.passes.wanda import ColumnNorms
 from compress.reshaping import empty_model, take_shape
 from compress.residual import find_ends
@@ -155,7 +156,7 @@ class NarrowStream:
 
         calibration.observe_pairs({stage[0]: add})
         for name in stage:
-            layers[name].set_weight(_fitted(layers[name].weight, was[name], hessian, cross, self.pass_.damping))
+            fill(block, layers[name], _fitted(layers[name].weight, was[name], hessian, cross, self.pass_.damping))
 
     def _fit_writer(
         self, block: Block, calibration: BlockCalibration, name: str, landing: str | None, keep: Tensor
@@ -171,7 +172,7 @@ class NarrowStream:
 
         calibration.observe_missing(name, landing, add, keep.to(layer.weight.device))
         try:
-            layer.set_weight(refitted(layer.weight, hessian.matrix, cross.matrix, self.pass_.damping))
+            fill(block, layer, refitted(layer.weight, hessian.matrix, cross.matrix, self.pass_.damping))
         except NotPositiveDefinite:  # it stays as it was cut
             return
 

@@ -20,7 +20,7 @@ from compress.data import Windows
 from compress.importance import Scores, taylor_scores
 from compress.maths.elimination import eliminate, refitted, without
 from compress.maths.hessian import CrossMoment, Hessian, NotPositiveDefinite
-from compress.model import Block, ModelHandle, find_stacks
+from compress.model import Block, Layer, ModelHandle, find_stacks
 from compress.reshaping import empty_model, take_shape
 from compress.sensitivity import divergence, replaced
 from compress.stream import CalibrationStream
@@ -198,7 +198,7 @@ class Narrowing:
             weight = layers[name].weight
             missing = weight.to(cross.matrix.dtype) @ cross.matrix
             try:
-                layers[name].set_weight(refitted(weight, hessian.matrix, missing, self.pass_.damping))
+                fill(block, layers[name], refitted(weight, hessian.matrix, missing, self.pass_.damping))
                 report[name] = {"refitted": "its own output"}
             except NotPositiveDefinite as error:
                 report[name] = {"fallback": f"not fitted anew: {error}"}
@@ -227,10 +227,15 @@ class Narrowing:
             weight = refitted(weight, hessian.matrix, cross.matrix, self.pass_.damping)
         except NotPositiveDefinite as error:
             return {"fallback": f"not fitted anew: {error}"}
-        layer.set_weight(weight[:, :columns])
+        fill(block, layer, weight[:, :columns])
         if bias is not None:
             bias.copy_(weight[:, columns])
         return {"refitted": "the block's output" if landing is None else f"the input of {landing}"}
+
+
+def fill(block: Block, layer: Layer, weight: Tensor) -> None:
+    """Writes a fitted weight; in a pruned model, what is zero stays so."""
+    layer.set_weight(weight.masked_fill(layer.weight == 0, 0.0) if block.sparse else weight)
 
 
 def _hessians(block: Block, stream: CalibrationStream, places: Sequence[Places | None]) -> list[Tensor]:

@@ -4,7 +4,7 @@ refused."""
 import pytest
 import torch
 from reference import ridge
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import compress
 from compress.data import windows_from
@@ -186,6 +186,21 @@ def test_taylor_walks_back_through_the_blocks_as_autograd_does():
         expected = (x * gradient).double().square().sum((0, 1))
         scores = torch.tensor(found[f"model.layers.{index}"][0], dtype=torch.float64)
         assert torch.allclose(scores, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"intermediate_size": 40}, {"hidden_size": 24}])
+def test_zeros_stay_zero(options):
+    model = tiny_model()
+    compress.Magnitude(sparsity=0.5, scope="row")(model)
+    _width(model, **options)
+    weights = [layer.weight for block in ModelHandle.wrap(model).block_list() for layer in block.layers().values()]
+    assert all(0.3 < float((weight == 0).float().mean()) < 0.7 for weight in weights)
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    with pytest.raises(StartError, match="an encoder and a decoder"):
+        _width(T5ForConditionalGeneration(config), amount=0.3)
 
 
 @pytest.mark.parametrize("amount", [0.2, 0.5])

@@ -92,8 +92,14 @@ class Width(StructuralPass):
 
     def refuses(self, model: PreTrainedModel) -> str | None:
         """Where the parts it shall remove cannot be told apart in this kind of model."""
+        from compress.model import find_stacks
         from compress.units import find_stream
 
+        kind = type(model).__name__
+        if len(find_stacks(model)) > 1:
+            return f"{kind} has an encoder and a decoder; width takes models with one stack of blocks."
+        if getattr(model.config.get_text_config(), "vocab_size", None) is None:
+            return f"{kind} reads no text, on which width measures what matters."
         try:
             self._units(model)
             if self.hidden_size is not None:
@@ -101,9 +107,9 @@ class Width(StructuralPass):
         except StartError as error:
             return str(error)
         if self.hidden_size is not None and model.get_output_embeddings() is None:
-            return f"{type(model).__name__} has no head: its hidden size is what it gives."
+            return f"{kind} has no head: its hidden size is what it gives."
         if self.importance == "taylor" and model.get_output_embeddings() is None:
-            return f"importance: taylor needs a model that predicts tokens, and {type(model).__name__} has no head."
+            return f"importance: taylor needs a model that predicts tokens, and {kind} has no head."
         return None
 
     def _units(self, model: PreTrainedModel) -> list[Units]:
