@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from compress.comparing import benchmark as benchmark
     from compress.errors import CompressError as CompressError
     from compress.loading import load as load
+    from compress.passes.alps import ALPS as ALPS
     from compress.passes.autoround import AutoRound as AutoRound
     from compress.passes.awq import AWQ as AWQ
     from compress.passes.bnb import Bnb as Bnb
     from compress.passes.depth import Depth as Depth
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
+    from compress.passes.experts import Experts as Experts
     from compress.passes.fp8 import FP8 as FP8
     from compress.passes.gptq import GPTQ as GPTQ
     from compress.passes.hqq import HQQ as HQQ
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from compress.passes.rotate import Rotate as Rotate
     from compress.passes.rtn import RTN as RTN
     from compress.passes.smoothquant import SmoothQuant as SmoothQuant
+    from compress.passes.sparsegpt import SparseGPT as SparseGPT
+    from compress.passes.vocab import Vocab as Vocab
     from compress.passes.wanda import Wanda as Wanda
     from compress.passes.width import Width as Width
     from compress.pipeline import run as run
@@ -42,12 +46,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ALPS": "compress.passes.alps",
     "AWQ": "compress.passes.awq",
     "AutoRound": "compress.passes.autoround",
     "Bnb": "compress.passes.bnb",
     "CompressError": "compress.errors",
     "Depth": "compress.passes.depth",
     "EfficientQAT": "compress.passes.efficientqat",
+    "Experts": "compress.passes.experts",
     "FP8": "compress.passes.fp8",
     "GPTQ": "compress.passes.gptq",
     "HQQ": "compress.passes.hqq",
@@ -60,6 +66,8 @@ _PUBLIC = {
     "Report": "compress.reports.report",
     "Rotate": "compress.passes.rotate",
     "SmoothQuant": "compress.passes.smoothquant",
+    "SparseGPT": "compress.passes.sparsegpt",
+    "Vocab": "compress.passes.vocab",
     "Wanda": "compress.passes.wanda",
     "Width": "compress.passes.width",
     "benchmark": "compress.comparing",

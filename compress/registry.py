@@ -82,11 +82,13 @@ def _owner(point: EntryPoint) -> str:
 PASSES = Registry(
     "pass",
     {
+        "alps": "compress.passes.alps:ALPS",
         "autoround": "compress.passes.autoround:AutoRound",
         "awq": "compress.passes.awq:AWQ",
         "bnb": "compress.passes.bnb:Bnb",
         "depth": "compress.passes.depth:Depth",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",
+        "experts": "compress.passes.experts:Experts",
         "fp8": "compress.passes.fp8:FP8",
         "gptq": "compress.passes.gptq:GPTQ",
         "hqq": "compress.passes.hqq:HQQ",
@@ -97,6 +99,8 @@ PASSES = Registry(
         "rotate": "compress.passes.rotate:Rotate",
         "rtn": "compress.passes.rtn:RTN",
         "smoothquant": "compress.passes.smoothquant:SmoothQuant",
+        "sparsegpt": "compress.passes.sparsegpt:SparseGPT",
+        "vocab": "compress.passes.vocab:Vocab",
         "wanda": "compress.passes.wanda:Wanda",
         "width": "compress.passes.width:Width",
     },

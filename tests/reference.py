@@ -485,6 +485,100 @@ def nm_keep(scores: np.ndarray, n: int, m: int) -> np.ndarray:
     return keep
 
 
+def sparsegpt(
+    weight: np.ndarray,
+    matrix: np.ndarray,
+    sparsity: float = 0.0,
+    pattern: tuple[int, int] | None = None,
+    block: int = 128,
+    damping: float = 0.01,
+) -> np.ndarray:
+    """The pruned weight by SparseGPT without Cholesky (Frantar, Alistarh 2023, algorithm 1 and equation 3).
+
+    As `gptq` above: B is the inverse of the Hessian over the columns F not yet done, and when column q is done in a
+    row, that row moves by  w_F -= (w_q - new w_q) / B_qq * B_q,F.  The mask of a block of columns (pattern (n, m): of m
+    neighbours) is chosen when the first of them comes, from the weights as they are then: the lowest of  w_k^2 / B_kk,
+    where B_kk is that of the moment when column k will come. Zeros go first and stay.
+    The share of zeros is counted in the block over all rows, so that layer and block come out even.
+    """
+    rows, columns = weight.shape
+    work = weight.astype(np.float64).copy()
+    empty = weight == 0
+    remaining = inverse(damped(matrix, damping))
+    costs, eliminated = np.zeros(columns), remaining.copy()
+    for column in range(columns):
+        costs[column] = eliminated[column, column]
+        eliminated = eliminated - np.outer(eliminated[:, column], eliminated[column, :]) / eliminated[column, column]
+    keep = np.ones((rows, columns), dtype=bool)
+    width = pattern[1] if pattern else block
+    for column in range(columns):
+        if column % width == 0:
+            end = min(column + width, columns)
+            scores = np.where(empty[:, column:end], -np.inf, work[:, column:end] ** 2 / costs[column:end])
+            if pattern:
+                keep[:, column:end] = nm_keep(scores, *pattern)
+            else:
+                count = zeros_of(sparsity, rows * end) - zeros_of(sparsity, rows * column)
+                by_column = _drop_lowest([float(score) for score in scores.T.flatten()], count)
+                keep[:, column:end] = np.array(by_column).reshape(end - column, rows).T
+            keep[:, column:end] &= ~empty[:, column:end]
+        error = np.where(keep[:, column], 0.0, work[:, column])
+        work[:, column] -= error
+        for other in range(column + 1, columns):
+            work[:, other] -= error / remaining[column, column] * remaining[column, other]
+        remaining = remaining - np.outer(remaining[:, column], remaining[column, :]) / remaining[column, column]
+    return np.where(keep, work, 0.0)
+
+
+def alps(
+    weight: np.ndarray,
+    matrix: np.ndarray,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+    iterations: int,
+    damping: float,
+) -> np.ndarray:
+    """The sparse weight after so many steps of ADMM (Meng et al. 2024, algorithm 1 with the scaling of section 3.1 and
+    the growth of rho of section 3.2), every step by a plain inverse.
+
+    In columns scaled by e = sqrt(diag H):  W = (H W0 - V + rho D) (H + rho)^-1,  D = the largest of W + V / rho,
+    V += rho (W - D).  Every third step rho grows by 1.3, 1.2 or 1.1, when at least a tenth, half a percent or fewer of
+    the places that are kept were not three steps before; no such place: it ends.
+    """
+    whole = damped(matrix, damping)
+    e = np.sqrt(np.diag(whole))
+    scaled, given = whole / np.outer(e, e), weight * e
+
+    def largest(values: np.ndarray) -> np.ndarray:
+        return nm_keep(np.abs(values), *pattern) if pattern else unstructured_keep(np.abs(values), sparsity, "layer")
+
+    keep = before = largest(given)
+    sparse, price, rho = np.where(keep, given, 0.0), np.zeros_like(given), 0.1
+    for step in range(1, iterations + 1):
+        dense = (given @ scaled - price + rho * sparse) @ inverse(scaled + rho * np.eye(len(e)))
+        keep = largest(dense + price / rho)
+        sparse = np.where(keep, dense + price / rho, 0.0)
+        price = price + rho * (dense - sparse)
+        if step % 3 == 0:
+            changed = np.sum(keep & ~before) / np.sum(keep)
+            if changed == 0:
+                break
+            rho *= 1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1
+            before = keep
+    return sparse / e
+
+
+def best_under_mask(weight: np.ndarray, keep: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """For each row the least (w - q) H (w - q)^T with q zero where `keep` is False, by the normal equations of the
+    columns that stay."""
+    result = np.zeros(weight.shape)
+    for row in range(len(weight)):
+        stay = np.flatnonzero(keep[row])
+        if len(stay):
+            result[row, stay] = weight[row] @ matrix[:, stay] @ inverse(matrix[np.ix_(stay, stay)])
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------- packing
 
 
@@ -709,3 +803,77 @@ def greedy_removal(weight, x, groups, count, damping):
             cost[group] = removal_loss(weight, x, gone, damping)
         order.append(min(left, key=cost.get))
     return order
+
+
+def router_use(logits, k):
+    """Soft counts of experts: float64 [experts]. `logits`: the router's [tokens, experts].
+
+    Each token goes to the k experts of the highest probability, and these probabilities are made to add up to one.
+    """
+    total = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for row in logits.detach().double():
+        probability = row.exp() / row.exp().sum()
+        best = sorted(range(len(row)), key=lambda e: -float(probability[e]))[:k]
+        mass = sum(float(probability[e]) for e in best)
+        for e in best:
+            total[e] += float(probability[e]) / mass
+    return total
+
+
+def router_weighted_outputs(logits, k, given):
+    """For each expert, the mean over its tokens of its gate times the norm of what it gives: float64 [experts].
+    `given`: what every expert gives for every token [experts, tokens, hidden]."""
+    total = torch.zeros(logits.shape[1], dtype=torch.float64)
+    count = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for token, row in enumerate(logits.detach().double()):
+        probability = row.exp() / row.exp().sum()
+        best = sorted(range(len(row)), key=lambda e: -float(probability[e]))[:k]
+        mass = sum(float(probability[e]) for e in best)
+        for e in best:
+            total[e] += float(probability[e]) / mass * float(given[e, token].detach().double().square().sum().sqrt())
+            count[e] += 1
+    return total / count.clamp_min(1)
+
+
+def bpe_steps(token, merges):
+    """Every symbol there is while byte-pair encoding writes a token: its characters, and each merge's result.
+
+    Sennrich, Haddow and Birch, 2016: of the pairs that stand side by side, the one that was learnt first is merged.
+    """
+    symbols = list(token)
+    seen = set(symbols)
+    while True:
+        pairs = [(symbols[i], symbols[i + 1]) for i in range(len(symbols) - 1)]
+        known = [merges.index(pair) for pair in pairs if pair in merges]
+        if not known:
+            return seen
+        first, second = merges[min(known)]
+        i = pairs.index((first, second))
+        symbols = [*symbols[:i], first + second, *symbols[i + 2 :]]
+        seen.add(first + second)
+
+
+def two_vocabularies(model, small, window, table, shared):
+    """(nll of the new pieces, KL, agreements, original's mass on shared tokens), summed over the window's places but
+    the first, from whole distributions, a place at a time. The text of a place: all pieces of the tokens up to it. A
+    token without pieces is no place."""
+
+    def chances(asked, text):
+        logits = asked(input_ids=torch.tensor([text])).logits[0, -1].detach().double()
+        return [float(p) for p in logits.exp() / logits.exp().sum()]
+
+    nll = kl = agreements = mass = 0.0
+    for place in range(1, len(window)):
+        text = [piece for token in window[:place] for piece in table[token]]
+        if not table[window[place]] or not text:
+            continue
+        p, q = chances(model, window[:place]), chances(small, text)
+        left, right = sum(p[old] for old, _ in shared), sum(q[new] for _, new in shared)
+        kl += sum(p[old] / left * math.log((p[old] / left) / (q[new] / right)) for old, new in shared)
+        likeliest = max(shared, key=lambda pair: q[pair[1]])[0]
+        agreements += likeliest == max(range(len(p)), key=lambda index: p[index])
+        mass += left
+        for piece in table[window[place]]:
+            nll -= math.log(chances(small, text)[piece])
+            text = [*text, piece]
+    return nll, kl, agreements, mass

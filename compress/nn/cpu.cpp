@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -357,13 +358,17 @@ int compress_level() {
 
 #if HAS_X86
 
-// x [many, columns] and out [many, rows], both of `kind` (float32 or bfloat16); `work` floats:
-// many * (columns + rows + groups). Columns and group size are multiples of 32. `at_most` bounds the level.
-void compress_product(const Layer* layer, const void* x, int64_t many, void* out, int32_t kind, float* work,
-                      int32_t threads, int32_t at_most) {
+// x [many, columns] and out [many, rows], both of `kind` (float32 or bfloat16). Columns and group size are multiples of
+// 32. `at_most` bounds the level.
+void compress_product(const Layer* layer, const void* x, int64_t many, void* out, int32_t kind, int32_t threads,
+                      int32_t at_most) {
     const Layer& w = *layer;
     const int64_t group = w.columns / w.groups;
     const bool wide = level() == 2 && at_most >= 2;
+    static thread_local std::vector<float> kept;  // room for a call: taken anew each time, it costs as much as the call
+    const size_t needed = many * (w.columns + w.rows + w.groups);
+    if (kept.size() < needed) kept.resize(needed);
+    float* const work = kept.data();
     float *sums = nullptr, *result = kind == FLOAT32 ? (float*)out : work + many * w.columns;
     int order[32];
     for (int i = 0; i < 32; i++) order[i] = wide ? Wide::place(w.bits, i) : i;

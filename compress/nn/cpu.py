@@ -69,8 +69,8 @@ def library() -> ctypes.CDLL | None:
             except OSError:  # built for another system
                 return None
             found.compress_product.argtypes = (
-                ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
-                ctypes.c_int32, ctypes.c_int32,
+                ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
+                ctypes.c_int32,
             )  # fmt: skip
             found.compress_expand.argtypes = (
                 ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
@@ -117,18 +117,15 @@ def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
     x = x if x.is_contiguous() else x.contiguous()
     many = x.numel() // layer.in_features
     if many >= MANY:
-        out = _expand_and_multiply(found, layer, x.view(many, -1), level)
+        out = _expand_and_multiply(found, layer, x.view(many, -1), level).view(*x.shape[:-1], layer.out_features)
     else:
-        described = prepared.layer
-        out = x.new_empty((many, layer.out_features))
-        work = torch.empty(many * (described.rows + described.columns + described.groups), dtype=torch.float32)
+        out = x.new_empty((*x.shape[:-1], layer.out_features))
         found.compress_product(
-            prepared.address, x.data_ptr(), many, out.data_ptr(), _KINDS[x.dtype], work.data_ptr(),
-            torch.get_num_threads(), level,
-        )  # fmt: skip
+            prepared.address, x.data_ptr(), many, out.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level
+        )
     if layer.bias is not None:
         out += layer.bias.to(out.dtype)
-    return out.view(*x.shape[:-1], layer.out_features)
+    return out
 
 
 def _expand_and_multiply(found: ctypes.CDLL, layer: QuantLinear, x: Tensor, level: int) -> Tensor:

@@ -66,15 +66,18 @@ def _multiply_int8(layer: QuantLinear, x: Tensor) -> Tensor:
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("int8", _fits_int8, _multiply_int8),
     Kernel("cpu", cpu.fits, cpu.multiply),
+    Kernel("int8", _fits_int8, _multiply_int8),
     Kernel("torch", lambda layer, x: True, _dequantize_and_multiply),
 )
 
 
 def choose(layer: QuantLinear, x: Tensor) -> Kernel:
     """The first kernel that fits the layer's grid and the input's dtype and device."""
-    return next(kernel for kernel in KERNELS if kernel.fits(layer, x))
+    for kernel in KERNELS:
+        if kernel.fits(layer, x):
+            return kernel
+    raise AssertionError("the last kernel fits everything")
 
 
 @contextlib.contextmanager

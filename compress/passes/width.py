@@ -159,9 +159,8 @@ class Width(StructuralPass):
             )
         return units.config(model.config, found)
 
-    def plan_note(self, model: PreTrainedModel) -> str:
-        units = self._units(model)
-        if not units or len(self._mixes(model, units)) == 1:
+    def plan_note(self) -> str:
+        if self.amount is None and self.to is None:
             return ""
         return "the size is an upper bound: how many channels and how many heads stay is measured"
 
