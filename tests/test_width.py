@@ -19,7 +19,7 @@ from compress.stream import CalibrationStream
 from compress.testing import FAMILIES, check_pass, outputs, save_tiny, tiny_model, tiny_tokens
 from compress.units import find_channels, find_groups, find_landing, probe_windows
 
-EXPERTS = ("gpt_oss", "mixtral")
+EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe")
 #: Families whose config can say that there are fewer heads of the same width.
 HEADS = ("llama", "qwen3", "mistral", "gemma3", "phi3", *EXPERTS)
 
