@@ -139,8 +139,8 @@ def find_channels(model: PreTrainedModel) -> Channels:
     kind = type(model).__name__
     if experts is not None:
         raise StartError(
-            f"the MLP of {kind} is a set of experts in one tensor: width cuts heads there, and the pass experts removes "
-            "whole experts."
+            f"the MLP of {kind} is a set of experts in one tensor: width cuts heads there, and the pass "
+            "experts removes whole experts."
         )
     raise StartError(f"no key of the config of {kind} decides the inner width of its MLPs alone.")
 
