@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from compress.passes.sparsegpt import SparseGPT as SparseGPT
     from compress.passes.vocab import Vocab as Vocab
     from compress.passes.wanda import Wanda as Wanda
+    from compress.passes.width import Width as Width
     from compress.pipeline import run as run
     from compress.planning import plan as plan
     from compress.recipe import Recipe as Recipe
@@ -68,6 +69,7 @@ _PUBLIC = {
     "SparseGPT": "compress.passes.sparsegpt",
     "Vocab": "compress.passes.vocab",
     "Wanda": "compress.passes.wanda",
+    "Width": "compress.passes.width",
     "benchmark": "compress.comparing",
     "load": "compress.loading",
     "plan": "compress.planning",

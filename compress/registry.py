@@ -102,6 +102,7 @@ PASSES = Registry(
         "sparsegpt": "compress.passes.sparsegpt:SparseGPT",
         "vocab": "compress.passes.vocab:Vocab",
         "wanda": "compress.passes.wanda:Wanda",
+        "width": "compress.passes.width:Width",
     },
     "compress.passes",
 )

@@ -187,7 +187,7 @@ def fisher_losses(
     for block in model.blocks():
         before.append(list(stream.hidden))
         stream.advance(block)
-    slopes, tokens = _likelihood_slopes(stream)
+    slopes, tokens = likelihood_slopes(stream)
     losses: Losses = {}
     for block in reversed(model.block_list()):
         model.load(block)
@@ -204,7 +204,7 @@ def fisher_losses(
     return {name: losses[name] for block in model.block_list() for name in losses if name.startswith(f"{block.name}.")}
 
 
-def _likelihood_slopes(stream: CalibrationStream) -> tuple[list[Tensor], int]:
+def likelihood_slopes(stream: CalibrationStream) -> tuple[list[Tensor], int]:
     """Gradient of each window's log-likelihood by what the last block gave, and the tokens predicted in all."""
     slopes, tokens = [], 0
     with torch.enable_grad():

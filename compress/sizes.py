@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 #: Keys of which one says how much; `intermediate_size` and `heads` may stand together.
-WAYS = ("amount", "to", "intermediate_size", "heads")
+WAYS = ("amount", "to", "intermediate_size", "heads", "hidden_size")
 _TOGETHER = {"intermediate_size", "heads"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 

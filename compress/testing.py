@@ -162,6 +162,8 @@ def small_options(cls: type[Pass]) -> dict[str, Any]:
         return {"format": "int8"}
     if cls.name == "depth":
         return {"layers": 2}
+    if cls.name == "width":
+        return {"intermediate_size": 40}
     if cls.name == "vocab":
         return {"keep": 88}
     if cls.name == "experts":

@@ -769,6 +769,43 @@ def fisher_diagonal(model, weight, tokens):
     return total / len(tokens) / (tokens.shape[1] - 1)
 
 
+def ridge(x, target, near, damping):
+    """The `W` `[out, in]` with the least `sum |t - W x|^2 / n + l |W - near|^2`; `l` is `damping` times the mean over
+    columns that are not always zero of their mean square: one least-squares problem with a row more for each column
+    (Tikhonov). `x` `[n, in]`, `target` `[n, out]`."""
+    x, target, near = x.double(), target.double(), near.double()
+    squares = x.square().mean(0)
+    held = (damping * squares[squares > 0].mean()).sqrt()
+    rows = torch.cat([x / len(x) ** 0.5, held * torch.eye(x.shape[1], dtype=torch.float64)])
+    return torch.linalg.lstsq(rows, torch.cat([target / len(x) ** 0.5, held * near.T])).solution.T
+
+
+def removal_loss(weight, x, gone, damping):
+    """The least of `|W x - V x|^2 / n + l |V - W|^2` over layers `V` whose columns `gone` are zero, `l` as in `ridge`:
+    what it costs to take those inputs away from a layer `[out, in]`."""
+    weight, x = weight.double(), x.double()
+    stays = [column for column in range(x.shape[1]) if column not in gone]
+    squares = x.square().mean(0)
+    held = damping * squares[squares > 0].mean()
+    rows = torch.cat([x / len(x) ** 0.5, held.sqrt() * torch.eye(x.shape[1], dtype=torch.float64)])
+    target = rows @ weight.T
+    fitted = torch.linalg.lstsq(rows[:, stays], target).solution
+    return float((target - rows[:, stays] @ fitted).square().sum())
+
+
+def greedy_removal(weight, x, groups, count, damping):
+    """Groups of inputs to take away, one after the other: that which, with those before it, costs least."""
+    order = []
+    for _ in range(count):
+        left = [group for group in range(len(groups)) if group not in order]
+        cost = {}
+        for group in left:
+            gone = [column for one in (*order, group) for column in groups[one]]
+            cost[group] = removal_loss(weight, x, gone, damping)
+        order.append(min(left, key=cost.get))
+    return order
+
+
 def router_use(logits, k):
     """Soft counts of experts: float64 [experts]. `logits`: the router's [tokens, experts].
 

@@ -6,7 +6,7 @@ import pytest
 
 import compress
 from compress.recipe import Recipe
-from compress.testing import save_tiny
+from compress.testing import save_tiny, tiny_model
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -16,8 +16,19 @@ def stand_in(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("model"), hidden_size=64, intermediate_size=128, num_hidden_layers=2)
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    from transformers import BertForSequenceClassification
+
+    folder = save_tiny(tmp_path_factory.mktemp("classifier"), "bert")
+    model = BertForSequenceClassification(tiny_model("bert").config)
+    model.bert.load_state_dict(tiny_model("bert").state_dict())
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, tmp_path):
+def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, classifier, tmp_path):
     asked = Recipe.load(path)
     overrides = ["data.calibration.samples=4", "data.calibration.length=32", "benchmark=false"]
     for role in ("calibration", "training", "evaluation"):
@@ -25,7 +36,8 @@ def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, tmp_path):
             overrides += [f"data.{role}.source=builtin:tiny", f"data.{role}.samples=8", f"data.{role}.length=32"]
     if "- quantize:" in path.read_text():
         overrides.append("passes.quantize.tokens=512")
-    recipe = Recipe.load(path, overrides, model=str(stand_in), output=str(tmp_path / "run"))
+    model = classifier if "classifier" in path.stem else stand_in
+    recipe = Recipe.load(path, overrides, model=str(model), output=str(tmp_path / "run"))
     report = compress.run(recipe)
     assert report.verified.reloaded
     assert [stage.pass_ for stage in report.stages] == [step.name for step in recipe.passes]
