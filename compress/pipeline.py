@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from compress.fewer_tokens import keep_tokens, renumber_generation
 from compress.formats.folder import default_format, packed_export_note, write_model_folder
 from compress.measure.benchmark import generations, measure_compressed, measure_original
 from compress.measure.comparison import compare, original_figures
@@ -21,13 +23,14 @@ from compress.measure.verification import verify
 from compress.model import ModelHandle
 from compress.opening import check_weights, open_model
 from compress.passes.base import Context, Pass, PassResult
-from compress.preparation import Prepared, prepare
+from compress.preparation import Prepared, prepare, recipe_texts, retokenised
 from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.reports.card import model_card
 from compress.reports.report import Report, Stage, Verified
 from compress.reshaping import take_shape
 from compress.stream import stream_outputs
+from compress.workspace import Stage as StageFiles
 from compress.workspace import Workspace
 
 #: What a report of a pruned model has to say, while no format here leaves zeros out and no kernel passes over them.
@@ -100,6 +103,7 @@ def _compress(
     latest = None  # the stage that holds the blocks as they now are
     for index, pass_ in enumerate(recipe.passes):
         stages.append(_apply(pass_, index, model, ready, recipe, work, bare, progress))
+        ready = _after(work.stage(index, pass_.name), model, ready, recipe)
         if pass_.changes_weights:
             if latest is not None and model.resident:
                 latest.drop_blocks()
@@ -146,6 +150,9 @@ def _apply(
         outside = stage.read_outside(model.device)
         if outside is not None:
             model.restore_outside(*outside)
+        kept = stage.read_kept_tokens()
+        if kept is not None:
+            renumber_generation(model.model, kept)
         result = stage.result()
     else:
         forget_peak()
@@ -157,6 +164,8 @@ def _apply(
             seed=recipe.seed,
             stage=stage,
             progress=progress,
+            tokenizer=ready.tokenizer,
+            texts=partial(recipe_texts, recipe, ready.tokenizer, model.context_length),
             min_coverage=recipe.min_coverage,
         )
         done = pass_.run(model, context)
@@ -168,8 +177,20 @@ def _apply(
     return Stage(**result)
 
 
+def _after(stage: StageFiles, model: ModelHandle, ready: Prepared, recipe: Recipe) -> Prepared:
+    """What the passes after this one work with: other texts, where it left fewer tokens."""
+    kept = stage.read_kept_tokens()
+    if kept is None or ready.tokenizer is None:
+        return ready
+    return retokenised(ready, recipe, model.config, stage.read_tokenizer(ready.tokenizer), kept)
+
+
 def _original(ready: Prepared, recipe: Recipe) -> PreTrainedModel:
-    return open_model(ready.folder, dtype=recipe.dtype, device=ready.device).model.requires_grad_(False)
+    """The original model; of the tokens, those that are left, so that its outputs are for the same ids."""
+    handle = open_model(ready.folder, dtype=recipe.dtype, device=ready.device)
+    if ready.kept_tokens is not None:
+        keep_tokens(handle, ready.kept_tokens)
+    return handle.model.requires_grad_(False)
 
 
 def _record(pass_: Pass, done: PassResult, seconds: float, peak: int, ready: Prepared, index: int) -> dict[str, Any]:

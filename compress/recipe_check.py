@@ -95,7 +95,16 @@ class Checker:
         if options is not None and not isinstance(options, dict):
             self.problem((*place, name), f"{yaml_words(options)} is not allowed; allowed: a mapping of options.")
             return None
-        return self.build(PASSES.get(name), options or {}, (*place, name))
+        built = self.build(PASSES.get(name), options or {}, (*place, name))
+        return built if built is None else self._located(built, (*place, name))
+
+    def _located(self, step: Pass, place: Place) -> Pass:
+        """The pass with the texts that its options name made absolute."""
+        from compress.builtin import MODELS
+
+        given = {option: getattr(step, option) for option in step.sources}
+        found = {option: self.source((*place, option), text, tuple(MODELS)) for option, text in given.items() if text}
+        return step.model_copy(update=found) if found else step
 
     def names(self, place: Place, given: Iterable[str], registry: Any) -> None:
         """Notes the names that a registry lacks, and those that stand there twice."""

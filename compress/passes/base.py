@@ -7,8 +7,8 @@ comes in as arguments; it keeps no state between calls.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -48,6 +48,10 @@ class Context:
     seed: int = 0
     stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
+    #: The model's tokenizer as it stands, and the documents of a source (None: of the calibration and training text),
+    #: for passes that need them (`Pass.needs_documents`).
+    tokenizer: PreTrainedTokenizerBase | None = None
+    texts: Callable[[str | None], Iterator[str]] | None = None
     min_coverage: float = 0.5
     tokens_per_batch: int = 2048
 
@@ -57,13 +61,17 @@ class PassResult:
     """The model as the pass left it (the same object, changed in place), and what happened to it.
 
     `blocks` has one entry a block (name, relative error, what the pass says of each layer); `coverage` is the share
-    of all weights of matrices inside the blocks that the pass changed; `measurements` is the pass's own account.
+    of all weights of matrices inside the blocks that the pass changed; `measurements` is the pass's own account. A pass
+    that removes tokens gives the new `tokenizer` (None if it was given none), and in `kept_tokens` the old id of each
+    new one.
     """
 
     model: Any
     blocks: list[dict[str, Any]]
     coverage: float
     measurements: dict[str, Any] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    kept_tokens: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,13 @@ class Pass(BaseModel):
     #: Whether it leaves a model of another shape, with another config, which its stage then keeps as well.
     structural: ClassVar[bool] = False
 
+    #: Whether it reads whole documents with the tokenizer, not only windows of tokens.
+    needs_documents: ClassVar[bool] = False
+    #: Options that name a text, as `source` of a data entry does.
+    sources: ClassVar[tuple[str, ...]] = ()
+    #: Whether its text runs through the model's blocks, though it is no `BlockPass` (for the plan).
+    streams_text: ClassVar[bool] = False
+
     #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
     changes_weights: ClassVar[bool] = True
 
@@ -115,6 +130,9 @@ class Pass(BaseModel):
         """One sentence on why this pass cannot work on such a model, or None. It may be without weights."""
         return None
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """StartError where the pass cannot work with this tokenizer (None: the model has none)."""
+
     def options(self) -> dict[str, Any]:
         """The options as they stand in a recipe, defaults filled in."""
         return self.model_dump(mode="json")
@@ -125,6 +143,10 @@ class Pass(BaseModel):
 
     def reshape(self, model: ModelHandle) -> None:
         """Does to the shapes of a model without weights what `run` does (for the plan). StartError where it cannot."""
+
+    def plan_note(self) -> str:
+        """What the plan says beside its figures."""
+        return ""
 
     def extra_bytes(self, shape: ModelShape) -> int | None:
         """Peak of what `run` allocates beside the model and, if blocks stay on disk, the block at hand; None: not
@@ -152,12 +174,27 @@ class Pass(BaseModel):
         `training`: likewise, for passes that train. `original`: the model, or the folder of the model, that such a pass
         learns from.
         """
-        from compress.data import windows_from
+        from torch import Tensor as Ids
+
+        from compress.data import read_texts, windows_from
         from compress.model import ModelHandle
 
         handle = ModelHandle.wrap(model)
         refuse_states(self, handle.states)
         refuse_model(self, model)
+
+        if isinstance(calibration, str):
+            calibration = [calibration]
+        read = self.needs_documents and not isinstance(calibration, Ids)
+        if read and calibration is not None:
+            calibration = list(calibration)
+        if read and tokenizer is None:
+            raise StartError(f"{self.name} counts tokens in texts: pass tokenizer=..., or token ids [samples, length].")
+
+        def documents(source: str | None) -> Iterator[str]:
+            if source is None and calibration is None:
+                raise StartError(f"{self.name} needs calibration text: pass calibration=[...] (texts or token ids).")
+            return iter(calibration or ()) if source is None else read_texts(source, tokenizer)
 
         def cut(text: Iterable[str] | torch.Tensor | None, what: str) -> Windows:
             if text is None:
@@ -167,7 +204,9 @@ class Pass(BaseModel):
             )
 
         context = Context(
-            calibration=cut(calibration, "calibration") if self.takes_calibration else None,
+            calibration=cut(calibration, "calibration") if self.takes_calibration and not read else None,
+            tokenizer=tokenizer,
+            texts=documents if read else None,
             training=cut(training, "training") if self.needs_training else None,
             original=_opener(original, handle) if original is not None else None,
             seed=seed,
@@ -176,7 +215,7 @@ class Pass(BaseModel):
         )
         result = self.run(handle, context)
         handle.record(self)
-        return PassResult(model, result.blocks, result.coverage, result.measurements)
+        return replace(result, model=model)
 
 
 def _opener(original: PreTrainedModel | str | Path, like: ModelHandle) -> Callable[[], PreTrainedModel]:
