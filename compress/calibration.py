@@ -74,10 +74,10 @@ def trace_outside(model: ModelHandle, windows: Windows, names: Sequence[str]) ->
                 inputs.setdefault(name, args[0])
 
         handles.append(model.model.get_submodule(name).register_forward_hook(hook))
-    capture = Capture(None)
+    capture = Capture()
     first = model.load(model.block_list()[0])
     try:
-        out = run_recorded(model, model.model, next(batches_of(windows, windows.tokens.numel())), capture)
+        out = run_recorded(model, model.model, next(batches_of(windows, len(windows) * windows.length)), [capture])
     finally:
         model.release(first)
         for handle in handles:
@@ -255,7 +255,9 @@ class BlockCalibration:
         input now stands for both, and `unpaired` names it.
         """
         original = self._kept_original()
-        for (hidden, call, mask), before in zip(self.batches(), self.original_inputs(), strict=True):
+        calls = [calls[self.block.index] for calls in self.stream.original_calls]
+        batches = zip(self.batches(), self.original_inputs(), calls, strict=True)
+        for (hidden, call, mask), before, original_call in batches:
             tokens = hidden.shape[:-1].numel() if mask is None else int(mask.sum())
             earlier: dict[str, list[torch.Tensor]] = {name: [] for name in observers}
 
@@ -271,7 +273,7 @@ class BlockCalibration:
                     other = x
                 observers[name](x, other)
 
-            self._look(original, before, call, mask, {name: partial(keep, name) for name in observers})
+            self._look(original, before, original_call, mask, {name: partial(keep, name) for name in observers})
             self._look(self.block.module, hidden, call, mask, {name: partial(give, name) for name in observers})
 
     @torch.no_grad()

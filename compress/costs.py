@@ -23,10 +23,11 @@ Parts = dict[str, int]
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of token ids: so many, each of `length` tokens."""
+    """Windows of token ids (or images): so many, each of `length` tokens, each of which was read from so many bytes."""
 
     samples: int
     length: int
+    read_bytes: int = 8
 
     @property
     def tokens(self) -> int:
@@ -72,15 +73,11 @@ def model(shape: ModelShape, holding: Holding, used_outside: bool) -> Parts:
     return {"model": shape.dense_bytes - unused}
 
 
-def whole_pass(shape: ModelShape, holding: Holding, extra: int | None, text: Text | None = None) -> Parts:
-    """A pass that is no `BlockPass`, `shape` being the larger of what it finds and what it leaves; `extra` is what it
-    says it takes besides, `text` what it runs through the blocks."""
+def whole_pass(shape: ModelShape, holding: Holding, extra: int | None) -> Parts:
+    """A pass that is no `BlockPass`, `shape` being as it leaves the model; `extra` is what it says it takes besides."""
     parts = model(shape, holding, used_outside=True)
     if not holding.resident:
         parts["block"] = shape.largest_block()
-    if text is not None:
-        parts["hidden states"] = text.tokens * (2 * shape.hidden * shape.dtype.itemsize + 8)
-        parts["activations"] = activations(shape, shape.widest, text.in_flight(), text.length)
     return parts | {"pass": extra or 0}
 
 
@@ -90,7 +87,7 @@ def structural_pass(pass_: StructuralPass, shape: ModelShape, holding: Holding, 
     parts = model(shape, holding, used_outside=True)
     if not holding.resident:
         parts["block"] = shape.largest_block()
-    needed = pass_.text_bytes(shape, text) if text is not None else 0
+    needed = max(pass_.text_bytes(shape, text) if text is not None else 0, pass_.extra_bytes(shape) or 0)
     shape.apply(pass_)
     if not holding.resident:
         parts["smaller block"] = shape.largest_block()
@@ -98,7 +95,14 @@ def structural_pass(pass_: StructuralPass, shape: ModelShape, holding: Holding, 
         parts["smaller blocks"] = shape.dense_bytes - shape.outside_bytes
     elif pass_.copies_blocks:
         parts["smaller block"] = shape.largest_block()
-    return parts | {"pass": max(needed, pass_.extra_bytes(shape) or 0)}
+    return parts | {"pass": needed}
+
+
+def hidden_states(shape: ModelShape, text: Text, paths: int = 1) -> int:
+    """All of the text, read and as hidden states, so often. A decoder is given those that the encoder gave, and they
+    are kept for the model's end as well."""
+    stacks = len(shape.handle.stacks)
+    return int(text.tokens * (shape.hidden * shape.dtype.itemsize * (paths + 2 * (stacks - 1)) + text.read_bytes))
 
 
 def one_pass(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text | None) -> Parts:
@@ -131,7 +135,7 @@ def _walking(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text |
         # What packed layers replace is part of a mapped file, which stays whole, so they add up.
         parts["packed layers"] = sum(block.packed_bytes for block in blocks)
     if text is not None:
-        parts["hidden states"] = text.tokens * (shape.hidden * shape.dtype.itemsize + 8)
+        parts["hidden states"] = hidden_states(shape, text)
         if pass_.needs_original:
             parts["original hidden states"] = text.tokens * shape.hidden * shape.dtype.itemsize
         parts["output before"] = text.in_flight() * shape.hidden * shape.dtype.itemsize

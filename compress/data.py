@@ -16,7 +16,7 @@ import os.path
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,6 +53,9 @@ class Windows:
     role: str
     mask: torch.Tensor | None = None
     documents: frozenset[bytes] = field(default=frozenset(), repr=False)
+
+    #: What the model calls them.
+    input_name: ClassVar[str] = "input_ids"
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -22,6 +22,7 @@ from compress.data import (
     windows_from,
 )
 from compress.errors import StartError
+from compress.images import image_windows, random_images, read_processor, reads_images
 from compress.locating import context_length, locate
 from compress.measure.measurements import BenchmarkJob
 from compress.opening import read_config, read_tokenizer, refuse_quantized
@@ -65,10 +66,10 @@ def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
     refuse_quantized(config, folder)
     predicted = plan(recipe)
     refuse(predicted, recipe)
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_processor(folder, needed=False) if reads_images(config) else read_tokenizer(folder)
     for step in recipe.passes:
         step.check_tokenizer(tokenizer)
-    texts = _texts(recipe, tokenizer, config)
+    texts = _texts(recipe, tokenizer, config, folder)
     calibration, evaluation, training = (texts.get(role) for role in ROLES)
     fingerprints = {"model": fingerprint_folder(folder)}
     fingerprints |= {f"data.{role}": windows.fingerprint for role, windows in texts.items()}
@@ -98,10 +99,11 @@ def retokenised(
 ) -> Prepared:
     """The same after a pass that left the tokens `kept` (for each new id, the one before it): the texts of later passes
     and the probe are cut by the new tokenizer. The evaluation text and the job stay the original's."""
-    texts = _texts(recipe.model_copy(update={"benchmark": False}), tokenizer, config)
+    texts = _texts(recipe.model_copy(update={"benchmark": False}), tokenizer, config, ready.folder)
     probe = texts.get("calibration")
     if probe is None and ready.evaluation is not None:
-        probe = cut_texts(recipe.data, ["evaluation"], tokenizer, config, recipe.base, recipe.seed)["evaluation"]
+        texts_of = cut_texts(recipe.data, ["evaluation"], tokenizer, config, recipe.base, recipe.seed, ready.folder)
+        probe = texts_of["evaluation"]
     before = ready.kept_tokens
     return replace(
         ready,
@@ -148,7 +150,9 @@ def check_device(device: str) -> str:
     return device
 
 
-def _texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> dict[str, Windows]:
+def _texts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, folder: Path
+) -> dict[str, Windows]:
     """The windows of each text that this recipe makes use of."""
     wanted: list[Role] = []
     trains = any(pass_.needs_training for pass_ in recipe.passes)
@@ -159,19 +163,22 @@ def _texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: Pr
         wanted.append("training")
     if recipe.benchmark is not False:
         wanted.append("evaluation")
-    found = cut_texts(recipe.data, wanted, tokenizer, config, recipe.base, recipe.seed)
+    found = cut_texts(recipe.data, wanted, tokenizer, config, recipe.base, recipe.seed, folder)
     return found | {"training": found["calibration"]} if instead else found
 
 
 def cut_texts(
     data: Data, roles: list[Role], tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, base: Path,
-    seed: int,
+    seed: int, folder: Path,
 ) -> dict[str, Windows]:  # fmt: skip
-    """The windows of those roles that `data` has an entry for."""
+    """The windows of those roles that `data` has an entry for; `folder` is the model's."""
     found: dict[str, Windows] = {}
     for role in roles:
         entry = getattr(data, role)
         if entry is None:
+            continue
+        if reads_images(config) or (base / entry.source).is_dir():
+            found[role] = image_windows(entry, role, folder, config, seed)
             continue
         if tokenizer is None:
             raise StartError(f"data.{role}: the model's folder holds no tokenizer, so text cannot be cut into tokens.")
@@ -202,6 +209,8 @@ def benchmark_job(recipe: Recipe, device: str, evaluation: Windows | None) -> Be
 
 def _probe(text: Windows | None, config: PretrainedConfig, seed: int) -> Windows:
     """A few short windows of the recipe's text, or tokens drawn by the seed where it has none."""
+    if reads_images(config):
+        return random_images(config, PROBE_WINDOWS, seed)
     if text is not None and text.mask is None:
         tokens = text.tokens[:PROBE_WINDOWS, :PROBE_LENGTH]
     else:

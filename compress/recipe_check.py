@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from compress.passes.base import Pass
 
 MAX_PROBLEMS = 10
+#: Files that are taken for images.
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -130,13 +132,16 @@ class Checker:
             self.problem(place, f"no such folder: {path}.{nearest_file(path)}")
         return model
 
-    def source(self, place: Place, source: str, builtin: Sequence[str], hub: bool = True) -> str:
-        """A text's source with a local file made absolute. Hub ids (where `hub`) and `builtin:` names stay."""
+    def source(self, place: Place, source: str, builtin: Sequence[str], hub: bool = True, images: bool = False) -> str:
+        """A text's source with a local file, or (where `images`) folder made absolute. Hub ids (where `hub`) and
+        `builtin:` names stay."""
         if source.startswith("builtin:"):
             self._builtin(place, source, builtin)
             return source
         path = self.path(place, source)
         if os.path.isdir(path):
+            if images and any(entry.suffix.lower() in IMAGE_ENDINGS for entry in path.rglob("*")):
+                return str(path)
             self.problem(place, f"{path} is a folder; allowed: a .txt or .jsonl file, builtin:{builtin[0]}.")
         elif path.suffix.lower() in (".txt", ".jsonl"):
             if not os.path.exists(path):

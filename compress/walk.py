@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.calibration import BlockCalibration
 from compress.errors import CompressError, StartError
+from compress.images import probe_for
 from compress.model import Block, ModelHandle
 from compress.passes.base import Context, PassResult
 from compress.stream import CalibrationStream
@@ -24,7 +25,7 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
     path, a copy of the block and of the hidden states.
     """
     coverage = check_coverage(pass_, model, context.min_coverage)
-    windows = context.calibration if pass_.needs_calibration else pass_.probe()
+    windows = context.calibration if pass_.needs_calibration else probe_for(model.config, pass_.probe())
     if pass_.needs_calibration and windows is None:
         raise StartError(f"{pass_.name} needs calibration text.")
     stream = None

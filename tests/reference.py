@@ -8,6 +8,7 @@ which definition it follows. Arrays are numpy float64 (codes are int64); a weigh
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from fractions import Fraction
@@ -877,3 +878,83 @@ def two_vocabularies(model, small, window, table, shared):
             nll -= math.log(chances(small, text)[piece])
             text = [*text, piece]
     return nll, kl, agreements, mass
+
+
+# ------------------------------------------------------------------------------------------------------- depth
+
+
+def ridge_regression(given, missing, strength):
+    """W [out, in] of least `||D - U W^T||^2 + s m ||W||^2`, as ordinary least squares of a longer problem: sqrt(s m) I
+    under U, zeros under D; m the mean of the squared column norms of U."""
+    u, d = given.double(), missing.double()
+    weight = strength * float(u.square().sum(0).mean())
+    longer = torch.cat([u, weight**0.5 * torch.eye(u.shape[1], dtype=torch.float64)])
+    return torch.linalg.lstsq(
+        longer, torch.cat([d, torch.zeros(u.shape[1], d.shape[1], dtype=torch.float64)])
+    ).solution.T
+
+
+def _stacks(model):
+    if hasattr(model, "decoder") and hasattr(model, "encoder"):
+        return [model.encoder.block, model.decoder.block]
+    inner = model.base_model
+    return [inner.layers if hasattr(inner, "layers") else inner.encoder.layer]
+
+
+def block_influences(model, inputs):
+    """ShortGPT, section 3: for each block of each stack, 1 - mean over tokens of the cosine of its input and output."""
+    from compress.testing import outputs
+
+    found, hooks = [[0.0] * len(stack) for stack in _stacks(model)], []
+    for stack, values in zip(_stacks(model), found, strict=True):
+        for index, block in enumerate(stack):
+
+            def note(_, args, out, values=values, index=index):
+                x, y = args[0].double(), (out[0] if isinstance(out, tuple) else out).double()
+                values[index] = float(1 - ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean())
+
+            hooks.append(block.register_forward_hook(note))
+    outputs(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def outputs_without(model, inputs, *gone):
+    """What a model gives whose first stack's blocks `gone` hand their input on."""
+    from compress.testing import outputs
+
+    hooks = []
+    for index in gone:
+
+        def skip(_, args, out):
+            return (args[0], *out[1:]) if isinstance(out, tuple) else args[0]
+
+        hooks.append(_stacks(model)[0][index].register_forward_hook(skip))
+    found = outputs(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def bridged_llama(model, tokens, gone, strengths):
+    """The down projections of a Llama's blocks that stay, those before a hole refitted in turn: each adds the ridge
+    fit, from its own input, of what the whole model has behind the hole and the model so far has not."""
+    with torch.no_grad():
+        aims = model(tokens, output_hidden_states=True).hidden_states  # [i]: what enters block i
+        now = copy.deepcopy(model)
+        keep = [index for index in range(len(model.model.layers)) if index not in gone]
+        for before, strength in zip([index - 1 for index in gone], strengths, strict=True):
+            short = copy.deepcopy(now)
+            short.model.layers = torch.nn.ModuleList(now.model.layers[i] for i in keep if i <= before)
+            short.model.norm = torch.nn.Identity()
+            short.config.num_hidden_layers = len(short.model.layers)
+            seen = []
+            layer = short.model.layers[-1].mlp.down_proj
+            hook = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            out = short.model(tokens, use_cache=False).last_hidden_state
+            hook.remove()
+            missing = aims[before + 2].double() - out.double()
+            fitted = ridge_regression(seen[0].flatten(0, 1), missing.flatten(0, 1), strength)
+            now.model.layers[before].mlp.down_proj.weight += fitted.float()
+        return [now.model.layers[index].mlp.down_proj.weight for index in keep]

@@ -17,6 +17,10 @@ REFUSED = {
     ("rotate", "mixtral"): "no linear layer",
     ("rotate", "qwen3_moe"): "no linear layer",
     ("rotate", "bert"): "no head",
+    ("rotate", "roberta"): "not given a sum of embeddings",
+    ("rotate", "distilbert"): "no head",
+    ("rotate", "modernbert"): "not given a sum of embeddings",
+    ("rotate", "t5"): "2 stacks of blocks",
 }
 
 

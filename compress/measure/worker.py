@@ -157,6 +157,7 @@ def memory(job: Job) -> Result:
     from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401  (for the baseline)
 
     import compress.loading  # noqa: F401  (what it imports belongs to the baseline, too)
+    from compress.inputs import forward_inputs
     from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
     from compress.measure.runtimes import Transformers, is_causal, read_config
     from compress.measure.speed import generate
@@ -172,7 +173,7 @@ def memory(job: Job) -> Result:
         if loaded.model.can_generate():
             generate(loaded.model, ids, job["new_tokens"])
         else:
-            loaded.model(input_ids=ids)
+            loaded.model(**forward_inputs(loaded.model, ids))
     peak = peak_resident_bytes()
     values = {
         "runtime": loaded.runtime,

@@ -111,8 +111,6 @@ class Pass(BaseModel):
     needs_documents: ClassVar[bool] = False
     #: Options that name a text, as `source` of a data entry does.
     sources: ClassVar[tuple[str, ...]] = ()
-    #: Whether its text runs through the model's blocks, though it is no `BlockPass` (for the plan).
-    streams_text: ClassVar[bool] = False
 
     #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
     changes_weights: ClassVar[bool] = True
@@ -144,10 +142,6 @@ class Pass(BaseModel):
     def reshape(self, model: ModelHandle) -> None:
         """Does to the shapes of a model without weights what `run` does (for the plan). StartError where it cannot."""
 
-    def plan_note(self) -> str:
-        """What the plan says beside its figures."""
-        return ""
-
     def extra_bytes(self, shape: ModelShape) -> int | None:
         """Peak of what `run` allocates beside the model and, if blocks stay on disk, the block at hand; None: not
         known. A `BlockPass` states it by layer instead."""
@@ -176,7 +170,8 @@ class Pass(BaseModel):
         """
         from torch import Tensor as Ids
 
-        from compress.data import read_texts, windows_from
+        from compress.data import read_texts
+        from compress.images import windows_given
         from compress.model import ModelHandle
 
         handle = ModelHandle.wrap(model)
@@ -199,9 +194,10 @@ class Pass(BaseModel):
         def cut(text: Iterable[str] | torch.Tensor | None, what: str) -> Windows:
             if text is None:
                 raise StartError(f"{self.name} needs {what} text: pass {what}=[...] (texts or token ids).")
-            return windows_from(
-                text, tokenizer, samples=samples, length=length, seed=seed, context=handle.context_length
-            )
+            return windows_given(
+                text, model.config, tokenizer,
+                samples=samples, length=length, seed=seed, context=handle.context_length,
+            )  # fmt: skip
 
         context = Context(
             calibration=cut(calibration, "calibration") if self.takes_calibration and not read else None,
@@ -237,9 +233,16 @@ def refuse_states(pass_: Pass, states: Iterable[str]) -> None:
             raise StartError(f"{pass_.name} takes {allowed} weights, and this model's are {state}.")
 
 
+def reason_against(pass_: Pass, model: PreTrainedModel) -> str | None:
+    """One sentence on why the pass cannot work on such a model, or None: its own reason, or that of all that train."""
+    if pass_.needs_training and (model.config.is_encoder_decoder or model.main_input_name != "input_ids"):
+        return f"{type(model).__name__} is not trained here: training text goes into models that read one text."
+    return pass_.refuses(model)
+
+
 def refuse_model(pass_: Pass, model: PreTrainedModel) -> None:
     """Raises where the pass cannot work on this kind of model."""
-    reason = pass_.refuses(model)
+    reason = reason_against(pass_, model)
     if reason:
         raise StartError(f"{pass_.name}: {reason}")
 

@@ -159,7 +159,7 @@ class Width(StructuralPass):
             )
         return units.config(model.config, found)
 
-    def plan_note(self) -> str:
+    def plan_note(self, model: PreTrainedModel) -> str:
         if self.amount is None and self.to is None:
             return ""
         return "the size is an upper bound: how many channels and how many heads stay is measured"
