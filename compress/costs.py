@@ -12,6 +12,7 @@ import torch
 
 from compress.measure.likelihood import CHUNK_BUDGET, LOGITS_BUDGET, TOKENS_BUDGET
 from compress.passes.base import BlockPass, Context
+from compress.passes.structural import StructuralPass
 from compress.shapes import BlockShape, ModelShape
 
 #: What torch and transformers load and set up at first use: the model's classes, threads, buffers of kernels.
@@ -72,16 +73,29 @@ def model(shape: ModelShape, holding: Holding, used_outside: bool) -> Parts:
     return {"model": shape.dense_bytes - unused}
 
 
-def whole_pass(shape: ModelShape, holding: Holding, extra: int | None, text: Text | None = None) -> Parts:
-    """A pass that is no `BlockPass`, `shape` being the larger of what it finds and what it leaves; `extra` is what it
-    says it takes besides, `text` what it runs through the blocks."""
+def whole_pass(shape: ModelShape, holding: Holding, extra: int | None) -> Parts:
+    """A pass that is no `BlockPass`, `shape` being as it leaves the model; `extra` is what it says it takes besides."""
     parts = model(shape, holding, used_outside=True)
     if not holding.resident:
         parts["block"] = shape.largest_block()
-    if text is not None:
-        parts["hidden states"] = text.tokens * (2 * shape.hidden * shape.dtype.itemsize + 8)
-        parts["activations"] = activations(shape, shape.widest, text.in_flight(), text.length)
     return parts | {"pass": extra or 0}
+
+
+def structural_pass(pass_: StructuralPass, shape: ModelShape, holding: Holding, text: Text | None) -> Parts:
+    """A pass that leaves another shape; afterwards `shape` is that. The model as it comes in is there to the end; the
+    blocks that are left take the place of the old ones, but for those of a mapped file, which stays whole."""
+    parts = model(shape, holding, used_outside=True)
+    if not holding.resident:
+        parts["block"] = shape.largest_block()
+    needed = max(pass_.text_bytes(shape, text) if text is not None else 0, pass_.extra_bytes(shape) or 0)
+    shape.apply(pass_)
+    if not holding.resident:
+        parts["smaller block"] = shape.largest_block()
+    elif pass_.copies_blocks and holding.mapped(shape):
+        parts["smaller blocks"] = shape.dense_bytes - shape.outside_bytes
+    elif pass_.copies_blocks:
+        parts["smaller block"] = shape.largest_block()
+    return parts | {"pass": needed}
 
 
 def hidden_states(shape: ModelShape, text: Text, paths: int = 1) -> int:

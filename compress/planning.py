@@ -148,15 +148,10 @@ class _Walkthrough:
                 note += "; the size is an upper bound: how many bits each layer gets is measured"
             if coverage < self.recipe.min_coverage:
                 note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
-        elif pass_.structural:
-            text = _text(self.recipe.data.calibration, self.shape)
-            streamed = text if pass_.streams_text and pass_.takes_calibration else None
-            extra: int | None = pass_.extra_bytes(self.shape)
-            if isinstance(pass_, StructuralPass) and pass_.takes_calibration:
-                extra = (extra or 0) + pass_.text_bytes(self.shape, text)
-            parts = costs.whole_pass(self.shape, self.holding, extra, streamed)
-            self.shape.apply(pass_)
-            note = pass_.plan_note()
+        elif isinstance(pass_, StructuralPass):
+            text = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
+            note = pass_.plan_note(self.shape.handle.model)
+            parts = costs.structural_pass(pass_, self.shape, self.holding, text)
         else:
             self.shape.apply(pass_)
             if not pass_.changes_weights:

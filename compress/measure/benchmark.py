@@ -247,7 +247,8 @@ def _prompt(folder: Path, job: BenchmarkJob) -> Tensor:
     import torch
     from transformers import AutoConfig
 
-    vocabulary = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "vocab_size", 1)  # images have none
+    # images have none
+    vocabulary = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "vocab_size", 1)
     if job.windows is not None and job.mask is None:
         flat = job.windows.flatten()
         # Of a smaller vocabulary, both models are given ids that both have: speed does not ask what they mean.

@@ -111,8 +111,6 @@ class Pass(BaseModel):
     needs_documents: ClassVar[bool] = False
     #: Options that name a text, as `source` of a data entry does.
     sources: ClassVar[tuple[str, ...]] = ()
-    #: Whether its text runs through the model's blocks, though it is no `BlockPass` (for the plan).
-    streams_text: ClassVar[bool] = False
 
     #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
     changes_weights: ClassVar[bool] = True
@@ -143,10 +141,6 @@ class Pass(BaseModel):
 
     def reshape(self, model: ModelHandle) -> None:
         """Does to the shapes of a model without weights what `run` does (for the plan). StartError where it cannot."""
-
-    def plan_note(self) -> str:
-        """What the plan says beside its figures."""
-        return ""
 
     def extra_bytes(self, shape: ModelShape) -> int | None:
         """Peak of what `run` allocates beside the model and, if blocks stay on disk, the block at hand; None: not

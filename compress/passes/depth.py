@@ -44,7 +44,6 @@ class Depth(StructuralPass):
 
     name: ClassVar[str] = "depth"
     needs_calibration: ClassVar[bool] = True
-    streams_text: ClassVar[bool] = True
 
     layers: Count | None = Field(
         default=None,

@@ -24,7 +24,9 @@ from compress.passes.structural import StructuralPass, keep_smaller
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from compress.costs import Text
     from compress.model import Block, ModelHandle
+    from compress.shapes import ModelShape
     from compress.stream import CalibrationStream
 
 #: Where configs say how many experts a block has.
@@ -60,7 +62,6 @@ class Experts(StructuralPass):
 
     name: ClassVar[str] = "experts"
     needs_calibration: ClassVar[bool] = True
-    streams_text: ClassVar[bool] = True
 
     experts: int | None = Field(default=None, ge=1, description="How many experts shall remain in each block.")
     amount: Annotated[float, BeforeValidator(parse_sparsity), Field(gt=0, lt=1)] | None = Field(
@@ -118,6 +119,12 @@ class Experts(StructuralPass):
         share = self._remaining(model) / _count(model.config)
         tensors = [t for block in _blocks(model) for t in _mixture(block.module, _count(model.config)).values()]
         return int(share * sum(t.nbytes for t in tensors))
+
+    def text_bytes(self, shape: ModelShape, text: Text) -> int:
+        """The hidden states, and one batch inside a block."""
+        from compress.costs import activations, hidden_states
+
+        return hidden_states(shape, text) + activations(shape, shape.widest, text.in_flight(), text.length)
 
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         from compress.reshaping import parameters_of

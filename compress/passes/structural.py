@@ -44,6 +44,10 @@ class StructuralPass(Pass):
         """`shape`: as the pass finds the model. Nothing beside the model, unless the pass says otherwise."""
         return 0
 
+    def plan_note(self, model: PreTrainedModel) -> str:
+        """What the plan says of the pass, for a model as the pass finds it."""
+        return ""
+
     def text_bytes(self, shape: ModelShape, text: Text) -> int:
         """Peak of what it holds beside the model and, if blocks stay on disk, the block at hand, because of the
         calibration text. `shape` is as the pass finds it."""

@@ -132,7 +132,7 @@ class Vocab(StructuralPass):
             raise StartError(f"{asked}, leaves nothing to remove: the model has {rows} tokens.")
         return with_tokens(model.config, {old: min(old, size - 1) for old in range(rows)}, size)
 
-    def plan_note(self) -> str:
+    def plan_note(self, model: PreTrainedModel) -> str:
         return "the size is an upper bound: which tokens the text uses is counted" if self.keep == "used" else ""
 
     def extra_bytes(self, shape: Any) -> int | None:
