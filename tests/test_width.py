@@ -57,7 +57,7 @@ def _silence(model, units, parts):
         block.layers()[places.reader].weight[:, places.columns[parts].flatten()] = 0.0
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in EXPERTS])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*EXPERTS, "t5", "vit")])
 def test_channels_that_do_nothing_go_and_the_outputs_stay(family):
     model = tiny_model(family)
     units = find_channels(model)
