@@ -54,6 +54,8 @@ class ModelShape:
         self.hidden = int(text.hidden_size)
         self.vocabulary = 0 if head is None else int(head.weight.shape[0])
         self.context = context_length(model.config) or 256
+        #: Tokens of a window of training text, and bytes of the adapter beside the model.
+        self.window, self.adapter_bytes = min(256, self.context), 0
         #: Attention heads whose scores [length, length] are held in full; 0 where the kernel never forms them.
         self.scored_heads = int(text.num_attention_heads) if model.config._attn_implementation == "eager" else 0
         self.experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 1)

@@ -123,6 +123,15 @@ class Pass(BaseModel):
     def reshape(self, model: ModelHandle) -> None:
         """Does to the shapes of a model without weights what `run` does (for the plan). StartError where it cannot."""
 
+    def fitted(self, shape: ModelShape, room: int) -> Self:
+        """The same pass with options for which `run` allocates at most `room` bytes, as far as it has a choice."""
+        return self
+
+    def extra_parts(self, shape: ModelShape) -> dict[str, int] | None:
+        """`extra_bytes`, in parts by what they hold."""
+        extra = self.extra_bytes(shape)
+        return None if extra is None else {"pass": extra}
+
     def extra_bytes(self, shape: ModelShape) -> int | None:
         """Peak of what `run` allocates beside the model and, if blocks stay on disk, the block at hand; None: not
         known. A `BlockPass` states it by layer instead."""
@@ -177,6 +186,8 @@ class Pass(BaseModel):
         )
         result = self.run(handle, context)
         handle.record(self)
+        if handle.adapter is not None:
+            handle.adapter.attach(model)
         return PassResult(model, result.blocks, result.coverage, result.measurements)
 
 
