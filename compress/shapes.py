@@ -54,8 +54,10 @@ class ModelShape:
         self.hidden = int(text.hidden_size)
         self.vocabulary = 0 if head is None else int(head.weight.shape[0])
         self.context = context_length(model.config) or 256
-        #: Tokens of a window of training text, and bytes of the adapter beside the model.
-        self.window, self.adapter_bytes = min(256, self.context), 0
+        #: Tokens of a window of training text.
+        self.window = min(256, self.context)
+        #: The tensors of the adapter beside the model.
+        self.adapter: list[TensorSpec] = []
         #: Attention heads whose scores [length, length] are held in full; 0 where the kernel never forms them.
         self.scored_heads = int(text.num_attention_heads) if model.config._attn_implementation == "eager" else 0
         self.experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 1)
@@ -108,6 +110,8 @@ class ModelShape:
         refuse_model(pass_, self.handle.model)
         if not isinstance(pass_, BlockPass):
             pass_.reshape(self.handle)
+            if pass_.changes_weights:
+                self.adapter = pass_.adapter_specs(self)
             outside = sum(t.nbytes for t in self.handle.outside().values())
             self.dense_bytes += outside - self.outside_bytes
             self.outside_bytes = outside
