@@ -170,8 +170,8 @@ class _Walkthrough:
                 parts = costs.model(self.shape, self.holding, used_outside=True)
                 return self._step(pass_.name, parts, note="changes no weight")
             if pass_.needs_training:
-                text = self.recipe.data.training or self.recipe.data.calibration
-                self.shape.window = min((text.length if text else None) or 256, self.shape.context)
+                entry = self.recipe.data.training or self.recipe.data.calibration
+                self.shape.window = min((entry.length if entry else None) or 256, self.shape.context)
             fitted = self._fitted(pass_)
             options = {name: v for name, v in fitted.options().items() if v != pass_.options()[name]}
             extra = fitted.extra_parts(self.shape)
