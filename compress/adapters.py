@@ -113,6 +113,8 @@ def attach(model: PreTrainedModel, config: LoraConfig, masked: bool = False) -> 
         raise StartError(f"peft cannot put this adapter into {type(model).__name__}: {error}") from error
     for tensor in state(model).values():
         tensor.data = tensor.data.float()
+    for layer in layers_of(model).values():
+        layer.eval()  # as the rest of the model: dropout is for training
 
 
 def detach(model: nn.Module) -> None:

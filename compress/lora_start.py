@@ -29,11 +29,49 @@ if TYPE_CHECKING:
 
     from compress.data import Windows
     from compress.model import ModelHandle
+    from compress.passes.lora import LoRA
 
 #: What `eva` looks at: so many batches of so many tokens.
 EVA_BATCHES, EVA_TOKENS = 8, 512
 #: Passes after which a layer's weight stands in another basis than the original's, so that the two cannot be compared.
 MOVING = ("awq", "rotate", "smoothquant")
+
+
+def begin(
+    pass_: LoRA,
+    model: ModelHandle,
+    layers: Mapping[str, nn.Module],
+    original: PreTrainedModel | None,
+    text: Windows,
+) -> dict[str, Tensor]:
+    """Puts adapters into the model, at their start; returns what `pissa` took out of the weights, by its names."""
+    masked = pass_.merge and "sparse" in model.states
+    if pass_.init_lora_weights == "repair":
+        adapters.attach(model.model, adapters.config_of(model.adapter), masked)
+        with torch.no_grad():
+            for name, tensor in adapters.state(model.model).items():
+                tensor.copy_(model.adapter.tensors[name])
+        return {}
+    if pass_.r == "auto" or pass_.init_lora_weights == "loftq":
+        refuse_moved(model, pass_.name)
+    if pass_.r == "auto":
+        assert original is not None
+        ranks = ranks_within(budget_of(pass_.parameters, model), layers, original, pass_.name)
+    else:
+        ranks = dict.fromkeys(layers, pass_.r)
+    begins = {"gaussian": "gaussian", "pissa": "pissa"}.get(pass_.init_lora_weights, True)
+    config = config_for(
+        ranks, model, pass_.lora_alpha, lora_dropout=pass_.lora_dropout, use_dora=pass_.use_dora,
+        use_rslora=pass_.use_rslora, init_lora_weights=begins, modules_to_save=pass_.modules_to_save,
+    )  # fmt: skip
+    adapters.attach(model.model, config, masked)
+    if pass_.init_lora_weights == "loftq":
+        assert original is not None
+        begin_at_damage(model.model, original, pass_.name)
+    elif pass_.init_lora_weights == "eva":
+        begin_with_eva(model.model, text)
+    kept = adapters.state(model.model) if pass_.init_lora_weights == "pissa" else {}
+    return {name: tensor.detach().clone() for name, tensor in kept.items()}
 
 
 def damage(name: str, layer: nn.Module, original: PreTrainedModel, pass_: str) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -41,6 +41,7 @@ from compress.errors import CompressError, StartError
 from compress.examples import IGNORED
 from compress.processes import process_count
 from compress.progress import Progress, Step
+from compress.training_windows import WholeSteps, WindowsDataset, together
 
 _TRAINED, _BEST, _LOSSES, _STATE = "trained.safetensors", "best.safetensors", "losses.json", "trainer_state.json"
 #: Seconds between checkpoints: what a killed run loses at most.
@@ -138,51 +139,6 @@ def bf16_is_fast(device: str | torch.device) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class _WindowsDataset(Dataset):  # type: ignore[misc]
-    def __init__(self, windows: Windows):
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item = {"row": torch.tensor(index), "input_ids": self.windows.tokens[index]}
-        if self.windows.mask is not None:
-            item["attention_mask"] = self.windows.mask[index].long()
-        if self.windows.labels is not None:
-            item["labels"] = self.windows.labels[index]
-        return item
-
-
-class _WholeSteps(Sampler[int]):  # type: ignore[misc]
-    """The windows of an epoch in an order drawn by seed and epoch, as many as make whole steps: then a step has the
-    same windows however it is shared out. Where there are fewer than one step takes, some come twice."""
-
-    def __init__(self, windows: int, batch_size: int, seed: int):
-        self.windows, self.seed, self.epoch = windows, seed, 0
-        self.length = max(windows // batch_size, 1) * batch_size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        drawn = (self.seed * 1_000_003 + self.epoch) % 2**32  # a generator looks at 32 bits
-        order = torch.randperm(self.windows, generator=torch.Generator().manual_seed(drawn))
-        return (int(order[place % self.windows]) for place in range(self.length))
-
-
-def _batch(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Windows together, without the columns that are padding in all of them."""
-    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-    if "attention_mask" in batch:
-        width = max(1, int(batch["attention_mask"].sum(1).max()))
-        batch = {name: tensor[:, :width] if tensor.dim() == 2 else tensor for name, tensor in batch.items()}
-    return batch
-
-
 class _Trainer(Trainer):  # type: ignore[misc]
     def __init__(
         self, objective: nn.Module, groups: Sequence[Group], windows: Windows, schedule: Schedule, folder: Path,
@@ -214,11 +170,11 @@ class _Trainer(Trainer):  # type: ignore[misc]
             dataloader_pin_memory=device != "cpu", label_names=[], ddp_find_unused_parameters=False,
             ddp_broadcast_buffers=False,
         )  # fmt: skip
-        super().__init__(model=objective, args=arguments, train_dataset=_WindowsDataset(windows), data_collator=_batch)
+        super().__init__(model=objective, args=arguments, train_dataset=WindowsDataset(windows), data_collator=together)
         self.model_accepts_loss_kwargs = True  # what `compute_loss` gives needs no dividing by the micro-batches
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return _WholeSteps(len(self.train_dataset), self.schedule.batch_size, self.schedule.seed)
+        return WholeSteps(len(self.train_dataset), self.schedule.batch_size, self.schedule.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         groups = [{"params": list(group.parameters), "lr": group.learning_rate} for group in self.groups]
@@ -292,10 +248,10 @@ class _Trainer(Trainer):  # type: ignore[misc]
         """The loss on the held-out windows; the weights are kept where it is the lowest so far."""
         assert self.held_out is not None
         self.objective.eval()
-        data, lost, count = _WindowsDataset(self.held_out), 0.0, 0
+        data, lost, count = WindowsDataset(self.held_out), 0.0, 0
         size = int(self.args.per_device_train_batch_size)
         for start in range(0, len(data), size):
-            batch = _batch([data[index] for index in range(start, min(start + size, len(data)))])
+            batch = together([data[index] for index in range(start, min(start + size, len(data)))])
             batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
             with self.compute_loss_context_manager():
                 counted = self._counted(batch)

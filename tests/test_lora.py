@@ -240,6 +240,12 @@ def test_completions_alone_are_learnt():
     assert said["after"]["perplexity"] < 4 < 20 < said["before"]["perplexity"]
 
 
+def test_dropout_is_for_training_alone():
+    model = _rounded()
+    compress.LoRA(**SMALL, lora_dropout=0.5)(model, training=TEXT, original=tiny_model("llama"))
+    assert torch.equal(model(TEXT).logits, model(TEXT).logits)
+
+
 def test_f1_is_the_mean_over_classes():
     found = classified([0, 1, 1, 1], [0, 0, 1, 1])
     assert found == {"accuracy": 0.75, "f1": pytest.approx((2 / 3 + 4 / 5) / 2)}

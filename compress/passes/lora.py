@@ -8,14 +8,13 @@ packed. The adapters are peft's, the options have its names.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from compress.errors import StartError
 from compress.nn.quant_linear import QuantLinear
@@ -185,6 +184,7 @@ class LoRA(Pass):
         """Trains adapters, then merges them or sets them beside the model; keeps every block."""
         from compress.adapters import layers_of
         from compress.held_out import quality, split
+        from compress.lora_start import begin
         from compress.merging import give_back, merge_all, set_beside
         from compress.targets import sides
 
@@ -202,7 +202,7 @@ class LoRA(Pass):
             measured["before"] = scored(model.model, held_out)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
-            start = self._attach(model, layers, original, training)
+            start = begin(self, model, layers, original, training)
         reached = sum(math.prod(sides(layer)) for layer in layers_of(model.model).values())
         own = sum(p.numel() for p in self._trainable(model.model))
         try:
@@ -279,41 +279,6 @@ class LoRA(Pass):
         if context.original is None:
             raise StartError(f"{self.name} learns from the original model: give original=... (a model or its folder).")
         return context.original()
-
-    def _attach(
-        self, model: ModelHandle, layers: Mapping[str, nn.Module], original: PreTrainedModel | None, text: Windows
-    ) -> dict[str, Tensor]:
-        """Puts the adapters into the model, at their start; what `pissa` took out of the weights, by its names."""
-        from compress import adapters
-        from compress import lora_start as start
-
-        masked = self.merge and "sparse" in model.states
-        if self.init_lora_weights == "repair":
-            adapters.attach(model.model, adapters.config_of(model.adapter), masked)
-            with torch.no_grad():
-                for name, tensor in adapters.state(model.model).items():
-                    tensor.copy_(model.adapter.tensors[name])
-            return {}
-        if self.r == "auto" or self.init_lora_weights == "loftq":
-            start.refuse_moved(model, self.name)
-        if self.r == "auto":
-            assert original is not None
-            ranks = start.ranks_within(start.budget_of(self.parameters, model), layers, original, self.name)
-        else:
-            ranks = dict.fromkeys(layers, self.r)
-        begins = {"gaussian": "gaussian", "pissa": "pissa"}.get(self.init_lora_weights, True)
-        config = start.config_for(
-            ranks, model, self.lora_alpha, lora_dropout=self.lora_dropout, use_dora=self.use_dora,
-            use_rslora=self.use_rslora, init_lora_weights=begins, modules_to_save=self.modules_to_save,
-        )  # fmt: skip
-        adapters.attach(model.model, config, masked)
-        if self.init_lora_weights == "loftq":
-            assert original is not None
-            start.begin_at_damage(model.model, original, self.name)
-        elif self.init_lora_weights == "eva":
-            start.begin_with_eva(model.model, text)
-        kept = adapters.state(model.model) if self.init_lora_weights == "pissa" else {}
-        return {name: tensor.detach().clone() for name, tensor in kept.items()}
 
     def _trainable(self, model: nn.Module) -> list[nn.Parameter]:
         from compress import adapters
