@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from compress.comparing import benchmark as benchmark
     from compress.errors import CompressError as CompressError
     from compress.loading import load as load
+    from compress.passes.alps import ALPS as ALPS
     from compress.passes.autoround import AutoRound as AutoRound
     from compress.passes.awq import AWQ as AWQ
     from compress.passes.bnb import Bnb as Bnb
+    from compress.passes.depth import Depth as Depth
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
     from compress.passes.fp8 import FP8 as FP8
     from compress.passes.gptq import GPTQ as GPTQ
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from compress.passes.rotate import Rotate as Rotate
     from compress.passes.rtn import RTN as RTN
     from compress.passes.smoothquant import SmoothQuant as SmoothQuant
+    from compress.passes.sparsegpt import SparseGPT as SparseGPT
     from compress.passes.wanda import Wanda as Wanda
     from compress.pipeline import run as run
     from compress.planning import plan as plan
@@ -42,10 +45,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ALPS": "compress.passes.alps",
     "AWQ": "compress.passes.awq",
     "AutoRound": "compress.passes.autoround",
     "Bnb": "compress.passes.bnb",
     "CompressError": "compress.errors",
+    "Depth": "compress.passes.depth",
     "EfficientQAT": "compress.passes.efficientqat",
     "FP8": "compress.passes.fp8",
     "GPTQ": "compress.passes.gptq",
@@ -61,6 +66,7 @@ _PUBLIC = {
     "Report": "compress.reports.report",
     "Rotate": "compress.passes.rotate",
     "SmoothQuant": "compress.passes.smoothquant",
+    "SparseGPT": "compress.passes.sparsegpt",
     "Wanda": "compress.passes.wanda",
     "benchmark": "compress.comparing",
     "load": "compress.loading",

@@ -29,11 +29,18 @@ from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.reports.card import model_card
 from compress.reports.report import Report, Stage, Verified
+from compress.reshaping import take_shape
 from compress.stream import stream_outputs
 from compress.workspace import FOLDER, Guest, Workspace
 
 #: Before the word of a start: the file that tells the other processes that a pass has begun to train.
 STARTED = "started."
+
+#: What a report of a pruned model has to say, while no format here leaves zeros out and no kernel passes over them.
+ZEROS_NOTE = (
+    "The weights that are zero are stored and multiplied like any other: on this machine they bring no speed and save "
+    "no space. Runtimes with kernels for sparse weights (2:4 on GPUs) can make use of them."
+)
 
 
 def run(
@@ -105,7 +112,7 @@ def _compress(
         stages.append(_apply(pass_, index, model, ready, recipe, work, bare, progress))
         if pass_.changes_weights:
             if latest is not None and model.resident:
-                latest.drop_blocks(model.block_list())
+                latest.drop_blocks()
             latest = work.stage(index, pass_.name)
     with progress.step("writing and verifying", total=2) as step:
         notes = _export(model, recipe, ready, stages)
@@ -141,8 +148,11 @@ def _apply(
     """One pass, or what is left of it."""
     stage = work.stage(index, pass_.name)
     if stage.complete:
+        config = stage.read_config(model.config)
+        if config is not None:
+            take_shape(model, config)
         if model.resident and pass_.changes_weights and stage.holds_blocks():
-            for block in model.blocks():
+            for block in model.block_list():
                 block.restore(*stage.read(block, model.device))
         outside = stage.read_outside(model.device)
         if outside is not None:
@@ -195,6 +205,9 @@ def _restore(model: ModelHandle, done: list[tuple[Pass, Guest]]) -> None:
     model.history, model.states, model.adapter = [], {"dense"}, None
     changing = [stage for pass_, stage in done if pass_.changes_weights]
     for pass_, stage in done:
+        config = stage.read_config(model.config)
+        if config is not None:
+            take_shape(model, config)
         outside = stage.read_outside(model.device)
         if outside is not None:
             model.restore_outside(*outside)
@@ -250,7 +263,7 @@ def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[St
     for name in formats:
         if name != default_format(contents):
             write_model_folder(ready.output / "exports" / name, contents, name)
-    notes = [note] if note else []
+    notes = [said for said in (note, ZEROS_NOTE if "sparse" in model.states else None) if said]
     if model.adapter is not None:
         notes.append(
             "adapter/ stands beside model/, which is its base: the figures, and the check of what was written, are of "

@@ -82,9 +82,11 @@ def _owner(point: EntryPoint) -> str:
 PASSES = Registry(
     "pass",
     {
+        "alps": "compress.passes.alps:ALPS",
         "autoround": "compress.passes.autoround:AutoRound",
         "awq": "compress.passes.awq:AWQ",
         "bnb": "compress.passes.bnb:Bnb",
+        "depth": "compress.passes.depth:Depth",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",
         "fp8": "compress.passes.fp8:FP8",
         "gptq": "compress.passes.gptq:GPTQ",
@@ -98,6 +100,7 @@ PASSES = Registry(
         "rotate": "compress.passes.rotate:Rotate",
         "rtn": "compress.passes.rtn:RTN",
         "smoothquant": "compress.passes.smoothquant:SmoothQuant",
+        "sparsegpt": "compress.passes.sparsegpt:SparseGPT",
         "wanda": "compress.passes.wanda:Wanda",
     },
     "compress.passes",

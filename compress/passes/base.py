@@ -97,6 +97,9 @@ class Pass(BaseModel):
     #: Whether it changes tensors that belong to no block (embeddings, head), which its stage then keeps as well.
     changes_outside: ClassVar[bool] = False
 
+    #: Whether it leaves a model of another shape, with another config, which its stage then keeps as well.
+    structural: ClassVar[bool] = False
+
     #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
     changes_weights: ClassVar[bool] = True
 
