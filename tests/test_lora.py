@@ -342,6 +342,27 @@ def test_the_plan_states_the_parts_of_training_and_the_size_to_the_byte(folder, 
     assert plan.weights_bytes == written
 
 
+def test_what_follows_an_adapter_is_refused_unless_it_was_merged(folder, tmp_path):
+    for merge in (False, True):
+        values = _values(folder, tmp_path / "run")
+        values["data"]["calibration"] = values["data"]["training"]
+        lora = {"init_lora_weights": "repair", "merge": merge}
+        values["passes"] = [{"magnitude": {"sparsity": 0.5}}, {"repair": {"r": 2}}, {"lora": lora}]
+        Recipe.from_dict(values)
+        values["passes"].append({"rtn": {"bits": 4, "group_size": 16}})
+        if merge:
+            Recipe.from_dict(values)
+        else:
+            with pytest.raises(RecipeError, match=r"cannot follow .*: it takes dense or sparse weights"):
+                Recipe.from_dict(values)
+
+
+def test_the_description_says_what_it_leaves():
+    from compress.describe import describe_pass
+
+    assert "leaves an adapter beside them" in describe_pass("lora")
+
+
 def test_a_memory_budget_lowers_the_micro_batch_and_the_result_stays(folder, tmp_path, unverified):
     whole = compress.plan(Recipe.from_dict(_values(folder, tmp_path / "a"))).steps[2]
     less = whole.memory_bytes - whole.parts["activations"] // 2
