@@ -220,7 +220,8 @@ def _restore(model: ModelHandle, done: list[tuple[Pass, Guest]]) -> None:
 
 def _context(pass_: Pass, ready: Prepared, recipe: Recipe, stage: Any, progress: Progress) -> Context:
     return Context(
-        calibration=ready.calibration if pass_.takes_calibration else None,
+        # a pass that trains may round anew what it merged: on this text, if there is any
+        calibration=ready.calibration if pass_.takes_calibration or pass_.needs_training else None,
         training=ready.training if pass_.needs_training else None,
         original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
         seed=recipe.seed,
