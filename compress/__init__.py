@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compress.passes.bnb import Bnb as Bnb
     from compress.passes.depth import Depth as Depth
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
+    from compress.passes.experts import Experts as Experts
     from compress.passes.fp8 import FP8 as FP8
     from compress.passes.gptq import GPTQ as GPTQ
     from compress.passes.hqq import HQQ as HQQ
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from compress.passes.rtn import RTN as RTN
     from compress.passes.smoothquant import SmoothQuant as SmoothQuant
     from compress.passes.sparsegpt import SparseGPT as SparseGPT
+    from compress.passes.vocab import Vocab as Vocab
     from compress.passes.wanda import Wanda as Wanda
+    from compress.passes.width import Width as Width
     from compress.pipeline import run as run
     from compress.planning import plan as plan
     from compress.recipe import Recipe as Recipe
@@ -52,6 +55,7 @@ _PUBLIC = {
     "CompressError": "compress.errors",
     "Depth": "compress.passes.depth",
     "EfficientQAT": "compress.passes.efficientqat",
+    "Experts": "compress.passes.experts",
     "FP8": "compress.passes.fp8",
     "GPTQ": "compress.passes.gptq",
     "HQQ": "compress.passes.hqq",
@@ -67,7 +71,9 @@ _PUBLIC = {
     "Rotate": "compress.passes.rotate",
     "SmoothQuant": "compress.passes.smoothquant",
     "SparseGPT": "compress.passes.sparsegpt",
+    "Vocab": "compress.passes.vocab",
     "Wanda": "compress.passes.wanda",
+    "Width": "compress.passes.width",
     "benchmark": "compress.comparing",
     "load": "compress.loading",
     "plan": "compress.planning",

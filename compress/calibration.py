@@ -18,7 +18,7 @@ from torch import nn
 
 from compress.capture import Call, Capture, run_recorded
 from compress.data import Windows
-from compress.model import Block, ModelHandle
+from compress.model import Block, Layer, ModelHandle
 from compress.stream import CalibrationStream, batches_of, called
 
 Observer = Callable[[torch.Tensor], None]
@@ -74,10 +74,10 @@ def trace_outside(model: ModelHandle, windows: Windows, names: Sequence[str]) ->
                 inputs.setdefault(name, args[0])
 
         handles.append(model.model.get_submodule(name).register_forward_hook(hook))
-    capture = Capture(None)
+    capture = Capture()
     first = model.load(model.block_list()[0])
     try:
-        out = run_recorded(model, model.model, next(batches_of(windows, windows.tokens.numel())), capture)
+        out = run_recorded(model, model.model, next(batches_of(windows, len(windows) * windows.length)), [capture])
     finally:
         model.release(first)
         for handle in handles:
@@ -89,17 +89,20 @@ def trace_outside(model: ModelHandle, windows: Windows, names: Sequence[str]) ->
 class BlockCalibration:
     """One block's view of the calibration text: run it, look at what enters its layers, measure its error.
 
-    Where the pass asked for the original path, the block as it came in is kept beside it, as a copy.
+    Where the pass asked for the original path, the block as it came in is kept beside it, as a copy; or it is
+    `original`, where the pass puts another module in its place and leaves that one alone.
     """
 
-    def __init__(self, block: Block, stream: CalibrationStream):
+    def __init__(self, block: Block, stream: CalibrationStream, original: nn.Module | None = None):
         self.block, self.stream = block, stream
         #: Layers that no calibration token reached, after `stages` was asked.
         self.silent: tuple[str, ...] = ()
         #: Layers that `observe_pairs` could not give the original path's tokens for.
         self.unpaired: set[str] = set()
         self._repeated = False
-        self._original = copy.deepcopy(block.module) if stream.original is not None else None
+        self._original = original
+        if original is None and stream.original is not None:
+            self._original = copy.deepcopy(block.module)
         self._passed = False  # whether the original path stands behind the block
         with torch.no_grad():
             self._calls, self._reference = self._trace(list(block.layers()))
@@ -198,7 +201,7 @@ class BlockCalibration:
                     return
             seen.append((x, [name]))
 
-        with _hooked(self.block.module, {name: partial(note, name) for name in names}):
+        with hooked(self.block.module, {name: partial(note, name) for name in names}):
             output = self._first_output()
         return _Calls([members for _, members in seen], counts), output
 
@@ -221,7 +224,7 @@ class BlockCalibration:
 
             handles.append(self.block.module.get_submodule(name).register_forward_hook(hook))
         try:
-            with _hooked(self.block.module, {name: partial(inputs.setdefault, name) for name in names}):
+            with hooked(self.block.module, {name: partial(inputs.setdefault, name) for name in names}):
                 hidden, call = next(self.stream.inputs(self.block))
                 result = called(self.block.module, hidden, call)
         finally:
@@ -252,7 +255,9 @@ class BlockCalibration:
         input now stands for both, and `unpaired` names it.
         """
         original = self._kept_original()
-        for (hidden, call, mask), before in zip(self.batches(), self.original_inputs(), strict=True):
+        calls = [calls[self.block.index] for calls in self.stream.original_calls]
+        batches = zip(self.batches(), self.original_inputs(), calls, strict=True)
+        for (hidden, call, mask), before, original_call in batches:
             tokens = hidden.shape[:-1].numel() if mask is None else int(mask.sum())
             earlier: dict[str, list[torch.Tensor]] = {name: [] for name in observers}
 
@@ -268,8 +273,39 @@ class BlockCalibration:
                     other = x
                 observers[name](x, other)
 
-            self._look(original, before, call, mask, {name: partial(keep, name) for name in observers})
+            self._look(original, before, original_call, mask, {name: partial(keep, name) for name in observers})
             self._look(self.block.module, hidden, call, mask, {name: partial(give, name) for name in observers})
+
+    @torch.no_grad()
+    def observe_missing(
+        self, layer: str, place: str | None, observer: PairObserver, channels: torch.Tensor | None = None
+    ) -> None:
+        """Runs the block, as it is now, over all batches: the observer is given the layer's input [tokens, in], and
+        what the input of the module `place` (None: the block's output) lacks of what it is in the original model
+        [tokens, width], in those `channels` of the original that there are now (None: all).
+
+        `place` may be the layer itself: then it is the layer's own output that is compared.
+        """
+
+        def chosen(original: torch.Tensor) -> torch.Tensor:
+            return original if channels is None else original[..., channels]
+
+        if place is None:
+            for (hidden, call, mask), goal in zip(self.batches(), self.original_outputs(), strict=True):
+                inputs: list[torch.Tensor] = []
+                with hooked(self.block.module, {layer: inputs.append}):
+                    missing = chosen(goal) - called(self.block.module, hidden, call)
+                tokens = inputs[0].reshape(*missing.shape[:-1], -1)  # some models give their layers rows
+                observer(_counted(tokens, mask), _counted(missing, mask))
+            return
+        if place == layer:
+            now, before = (m.get_submodule(layer) for m in (self.block.module, self._kept_original()))
+            self.observe_pairs({layer: lambda x, y: observer(x, chosen(_given(before, y)) - _given(now, x))})
+            return
+        given: list[torch.Tensor] = []
+        self.observe_pairs(
+            {layer: lambda x, _: given.append(x), place: lambda x, y: observer(given.pop(), chosen(y) - x)}
+        )
 
     def _look(
         self,
@@ -283,15 +319,23 @@ class BlockCalibration:
         waiting = {name for name in observers if name not in self.silent}
 
         def give(name: str, x: torch.Tensor) -> None:
-            # Padding is no text: what it makes of the layer's input must not count.
-            counted = mask is not None and x.shape[:-1] == mask.shape
-            observers[name](x[mask.to(x.device)] if counted and mask is not None else x.reshape(-1, x.shape[-1]))
+            observers[name](_counted(x, mask))
             waiting.discard(name)
             if not waiting and not self._repeated:
                 raise _Enough
 
-        with _hooked(module, {name: partial(give, name) for name in observers}), suppress(_Enough):
+        with hooked(module, {name: partial(give, name) for name in observers}), suppress(_Enough):
             called(module, hidden, call)
+
+
+def _given(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a layer gives for its input [tokens, in]; observers of it are not called."""
+    return nn.functional.linear(x, Layer(None, "", module).weight, module.bias)
+
+
+def _counted(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[tokens, width] of [batch, length, width]. Padding is no text: what it makes of an input must not count."""
+    return x[mask.to(x.device)] if mask is not None and x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -304,7 +348,7 @@ class _Calls:
 
 
 @contextmanager
-def _hooked(module: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
+def hooked(module: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
     """Each named submodule's observer is given the first argument of its calls."""
     handles = []
     for name, observer in observers.items():

@@ -1,14 +1,16 @@
 """How a model calls its blocks: one forward with a recorder in the place of every block.
 
 Each recorder notes what its block would have been called with and hands its input on, so that no block's weights are
-needed, and every block has its own keyword arguments (masks differ by layer in some families).
+needed, and every block has its own keyword arguments (masks differ by layer in some families). What a block gives
+beside the hidden states may go into the blocks after it (T5's position biases, which its first block makes): that is
+what the first block of the stack gave.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from compress.errors import StartError
+from compress.inputs import with_decoder
 from compress.model import ModelHandle, Stack
 
 
@@ -27,15 +30,26 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class Capture:
-    """What one forward through recorders saw: block 0's input, and every block's `Call`.
+class Seen(Exception):
+    """The last block that a forward was run for has been called."""
 
-    `substitute` takes the place of block 0's input, so that the model's end can be run on given hidden states.
+
+#: What a block gives beside hidden states is found by running the first one.
+UNKNOWN = object()
+
+
+class Capture:
+    """What one forward through recorders of a stack saw: block 0's input, and every block's `Call`.
+
+    `beside` is what a block gives beside hidden states: a tuple, None where it gives them alone, UNKNOWN. `substitute`
+    takes the place of block 0's input, so that what follows the stack can be run on given hidden states. `last`: the
+    forward ends with `Seen` when so many blocks were called.
     """
 
-    def __init__(self, returns_tuple: bool | None, substitute: torch.Tensor | None = None):
-        self.returns_tuple = returns_tuple
+    def __init__(self, beside: Any = UNKNOWN, substitute: torch.Tensor | None = None, last: int | None = None):
+        self.beside = beside
         self.substitute = substitute
+        self.last = last
         self.first: torch.Tensor | None = None
         self.calls: list[Call] = []
         self._current: torch.Tensor | None = None
@@ -49,13 +63,26 @@ class Capture:
             )
         if recorder.index == 0:
             self.first = hidden
-            if self.returns_tuple is None:
-                self.returns_tuple = isinstance(recorder.block(*args, **kwargs), tuple)
+            if self.beside is UNKNOWN:
+                out = recorder.block(*args, **kwargs)
+                self.beside = out[1:] if isinstance(out, tuple) else None
             if self.substitute is not None:
                 hidden = self.substitute
         self.calls.append(call)
         self._current = hidden
-        return (hidden, None) if self.returns_tuple else hidden
+        if len(self.calls) == self.last:
+            raise Seen
+        return hidden if self.beside is None else (hidden, *self.beside)
+
+    def known(self) -> Any:
+        """`beside` for another batch: UNKNOWN where it holds tensors, which are of this batch."""
+        return UNKNOWN if any(isinstance(part, torch.Tensor) for part in self.beside or ()) else self.beside
+
+    def blank(self) -> Any:
+        """`beside` without its tensors: as good where the blocks are not run."""
+        if self.beside is None:
+            return None
+        return tuple(None if isinstance(part, torch.Tensor) else part for part in self.beside)
 
 
 class _Recorder(nn.Module):  # type: ignore[misc]
@@ -99,14 +126,22 @@ def _recording(stack: Stack, capture: Capture) -> Iterator[None]:
             stack.modules[index] = block
 
 
-def run_recorded(model: ModelHandle, runner: nn.Module, batch: dict[str, torch.Tensor], capture: Capture) -> Any:
-    """Runs `runner` (the model, or its part without a head) on one batch with recorders for blocks. Where the caller
-    lets gradients be recorded, they reach what the recorders substitute."""
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+def run_recorded(
+    model: ModelHandle, runner: nn.Module, batch: dict[str, torch.Tensor], captures: Sequence[Capture]
+) -> Any:
+    """Runs `runner` (the model, or its part without a head) on one batch with recorders for the blocks of each stack
+    that there is a capture for. None if a capture ended it. Where the caller lets gradients be recorded, they reach
+    what the recorders substitute."""
+    batch = {name: tensor.to(model.device) for name, tensor in with_decoder(batch, model.config).items()}
     if "use_cache" in inspect.signature(runner.forward).parameters:
         batch["use_cache"] = False
-    with _recording(model.stacks[0], capture):
-        return runner(**batch)
+    with ExitStack() as recorders:
+        for stack, capture in zip(model.stacks, captures, strict=False):
+            recorders.enter_context(_recording(stack, capture))
+        try:
+            return runner(**batch)
+        except Seen:
+            return None
 
 
 def share(value: Any, earlier: Any) -> Any:

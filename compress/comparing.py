@@ -38,7 +38,9 @@ def benchmark(
         raise StartError("benchmark: false leaves nothing to measure.")
     folders = [str(locate(name)) for name in names]
     first = Path(folders[0])
-    texts = cut_texts(recipe.data, ["evaluation"], read_tokenizer(first), read_config(first), recipe.base, recipe.seed)
+    texts = cut_texts(
+        recipe.data, ["evaluation"], read_tokenizer(first), read_config(first), recipe.base, recipe.seed, first
+    )
     evaluation: Windows | None = texts.get("evaluation")
     job = benchmark_job(recipe, check_device(recipe.device), evaluation)
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:

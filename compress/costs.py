@@ -12,6 +12,7 @@ import torch
 
 from compress.measure.likelihood import CHUNK_BUDGET, LOGITS_BUDGET, TOKENS_BUDGET
 from compress.passes.base import BlockPass, Context
+from compress.passes.structural import StructuralPass
 from compress.shapes import BlockShape, ModelShape
 
 #: What torch and transformers load and set up at first use: the model's classes, threads, buffers of kernels.
@@ -22,10 +23,11 @@ Parts = dict[str, int]
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of token ids: so many, each of `length` tokens."""
+    """Windows of token ids (or images): so many, each of `length` tokens, each of which was read from so many bytes."""
 
     samples: int
     length: int
+    read_bytes: int = 8
 
     @property
     def tokens(self) -> int:
@@ -79,6 +81,30 @@ def whole_pass(shape: ModelShape, holding: Holding, extra: Parts) -> Parts:
     return parts | extra
 
 
+def structural_pass(pass_: StructuralPass, shape: ModelShape, holding: Holding, text: Text | None) -> Parts:
+    """A pass that leaves another shape; afterwards `shape` is that. The model as it comes in is there to the end; the
+    blocks that are left take the place of the old ones, but for those of a mapped file, which stays whole."""
+    parts = model(shape, holding, used_outside=True)
+    if not holding.resident:
+        parts["block"] = shape.largest_block()
+    needed = max(pass_.text_bytes(shape, text) if text is not None else 0, pass_.extra_bytes(shape) or 0)
+    shape.apply(pass_)
+    if not holding.resident:
+        parts["smaller block"] = shape.largest_block()
+    elif pass_.copies_blocks and holding.mapped(shape):
+        parts["smaller blocks"] = shape.dense_bytes - shape.outside_bytes
+    elif pass_.copies_blocks:
+        parts["smaller block"] = shape.largest_block()
+    return parts | {"pass": needed}
+
+
+def hidden_states(shape: ModelShape, text: Text, paths: int = 1) -> int:
+    """All of the text, read and as hidden states, so often. A decoder is given those that the encoder gave, and they
+    are kept for the model's end as well."""
+    stacks = len(shape.handle.stacks)
+    return int(text.tokens * (shape.hidden * shape.dtype.itemsize * (paths + 2 * (stacks - 1)) + text.read_bytes))
+
+
 def one_pass(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text | None) -> Parts:
     """A pass over all blocks, `shape` being as it finds the model; `text` is None where it needs none. The worse of
     what it does before the walk, and the walk."""
@@ -109,7 +135,7 @@ def _walking(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text |
         # What packed layers replace is part of a mapped file, which stays whole, so they add up.
         parts["packed layers"] = sum(block.packed_bytes for block in blocks)
     if text is not None:
-        parts["hidden states"] = text.tokens * (shape.hidden * shape.dtype.itemsize + 8)
+        parts["hidden states"] = hidden_states(shape, text)
         if pass_.needs_original:
             parts["original hidden states"] = text.tokens * shape.hidden * shape.dtype.itemsize
         parts["output before"] = text.in_flight() * shape.hidden * shape.dtype.itemsize

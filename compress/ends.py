@@ -36,7 +36,10 @@ def find_ends(model: PreTrainedModel) -> Ends:
     """The ends of a model, dense or packed, with weights or without. StartError if the embedding's tensor has other
     users than the head, as in encoder-decoders."""
     names = {id(module): name for name, module in model.named_modules()}
-    embedding = names[id(model.get_input_embeddings())]
+    first = model.get_input_embeddings()
+    if getattr(first, "weight", None) is None and not isinstance(first, QuantLinear):
+        raise StartError(f"{type(model).__name__} has no table of tokens: what it reads goes through other layers")
+    embedding = names[id(first)]
     last = model.get_output_embeddings()
     head = None if last is None else names[id(last)]
     if isinstance(last, TiedHead):

@@ -25,6 +25,8 @@ from compress.locating import context_length
 from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.base import selected
+from compress.stacks import Stack as Stack
+from compress.stacks import find_stacks as find_stacks
 
 if TYPE_CHECKING:
     from compress.maths.grid import QuantSpec
@@ -126,34 +128,6 @@ class Block:
         packed = [m for m in self.module.modules() if isinstance(m, QuantLinear)]
         plain = sum(p.numel() for p in self.module.parameters() if p.dim() >= 2)
         return int(plain + sum(m.in_features * m.out_features for m in packed))
-
-
-class Stack:
-    """A list of blocks (`model.layers`), called one after the other."""
-
-    def __init__(self, name: str, modules: nn.ModuleList):
-        self.name, self.modules = name, modules
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-
-def find_stacks(model: nn.Module) -> list[Stack]:
-    """The model's stacks of blocks: outermost module lists whose members are made of several layers each."""
-    stacks: list[Stack] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(stack.name + ".") for stack in stacks)
-        if isinstance(module, nn.ModuleList) and not inside and len(module) and _are_blocks(module):
-            stacks.append(Stack(name, module))
-    return stacks
-
-
-def _are_blocks(modules: nn.ModuleList) -> bool:
-    return all(len(list(child.children())) > 1 and _has_matrices(child) for child in modules)
-
-
-def _has_matrices(module: nn.Module) -> bool:
-    return any(p.dim() >= 2 for p in module.parameters()) or any(isinstance(m, QuantLinear) for m in module.modules())
 
 
 def place_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:

@@ -20,10 +20,12 @@ from compress.checkpoint import checkpoint_bytes
 from compress.errors import StartError
 from compress.formats.base import Format
 from compress.formats.folder import default_format, packed_export_note
+from compress.images import patches_of, pixel_bytes, reads_images
 from compress.loading import stored_dtype
 from compress.locating import locate
 from compress.opening import read_config, refuse_quantized, resolve_dtype
 from compress.passes.base import BlockPass, Pass
+from compress.passes.structural import StructuralPass
 from compress.registry import FORMATS
 from compress.shapes import ModelShape
 from compress.workspace import free_bytes
@@ -164,6 +166,10 @@ class _Walkthrough:
                 note += "; the size is an upper bound: how many bits each layer gets is measured"
             if coverage < self.recipe.min_coverage:
                 note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
+        elif isinstance(pass_, StructuralPass):
+            text = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
+            note = pass_.plan_note(self.shape.handle.model)
+            parts = costs.structural_pass(pass_, self.shape, self.holding, text)
         else:
             self.shape.apply(pass_)
             if not pass_.changes_weights:
@@ -210,6 +216,10 @@ class _Walkthrough:
 
 def _text(entry: DataEntry | None, shape: ModelShape) -> costs.Text:
     """The windows that a data entry will be cut into. How many all of a text makes is not known: more than a batch."""
+    config = shape.handle.config
+    if reads_images(config):
+        patches = patches_of(config)
+        return costs.Text((entry.samples if entry else None) or 128, patches, pixel_bytes(config) // patches)
     length = min((entry.length if entry is not None else None) or 256, shape.context)
     return costs.Text((entry.samples if entry is not None else None) or 1 << 20, length)
 

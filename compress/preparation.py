@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compress.data import Windows, items, overlap, token_windows, windows_from
+from compress.data import (
+    DEFAULT_LENGTH,
+    Windows,
+    fingerprint_source,
+    items,
+    overlap,
+    read_texts,
+    token_windows,
+    windows_from,
+)
 from compress.errors import StartError
+from compress.images import image_windows, random_images, read_processor, reads_images
 from compress.locating import classes_of, context_length, locate
 from compress.measure.measurements import BenchmarkJob
 from compress.opening import read_config, read_tokenizer, refuse_quantized
@@ -43,6 +54,8 @@ class Prepared:
     plan: Plan
     fingerprints: dict[str, str]
     notes: tuple[str, ...] = ()
+    #: For each id of the tokenizer as it now is, the one of the original; None where they are the same.
+    kept_tokens: list[int] | None = None
 
 
 def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
@@ -53,11 +66,14 @@ def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
     refuse_quantized(config, folder)
     predicted = plan(recipe)
     refuse(predicted, recipe)
-    tokenizer = read_tokenizer(folder)
-    texts = _texts(recipe, tokenizer, config)
+    tokenizer = read_processor(folder, needed=False) if reads_images(config) else read_tokenizer(folder)
+    for step in recipe.passes:
+        step.check_tokenizer(tokenizer)
+    texts = _texts(recipe, tokenizer, config, folder)
     calibration, evaluation, training = (texts.get(role) for role in ROLES)
     fingerprints = {"model": fingerprint_folder(folder)}
     fingerprints |= {f"data.{role}": windows.fingerprint for role, windows in texts.items()}
+    fingerprints |= _fingerprints_of_documents(recipe)
     output = Path(recipe.output or f"runs/{recipe.name}")
     Workspace.check(output, recipe, fingerprints, fresh)
     job = None if recipe.benchmark is False else benchmark_job(recipe, device, evaluation)
@@ -90,6 +106,53 @@ def _left_out(role: str, windows: Windows) -> str | None:
     return f"data.{role}: of its items, {'; '.join(said)}." if said else None
 
 
+def retokenised(
+    ready: Prepared, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, kept: list[int]
+) -> Prepared:
+    """The same after a pass that left the tokens `kept` (for each new id, the one before it): the texts of later passes
+    and the probe are cut by the new tokenizer. The evaluation text and the job stay the original's."""
+    texts = _texts(recipe.model_copy(update={"benchmark": False}), tokenizer, config, ready.folder)
+    probe = texts.get("calibration")
+    if probe is None and ready.evaluation is not None:
+        texts_of = cut_texts(recipe.data, ["evaluation"], tokenizer, config, recipe.base, recipe.seed, ready.folder)
+        probe = texts_of["evaluation"]
+    before = ready.kept_tokens
+    return replace(
+        ready,
+        tokenizer=tokenizer,
+        calibration=texts.get("calibration"),
+        training=texts.get("training"),
+        probe=_probe(probe, config, recipe.seed),
+        kept_tokens=kept if before is None else [before[index] for index in kept],
+    )
+
+
+def recipe_texts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, context: int | None, source: str | None
+) -> Iterator[str]:
+    """The documents of a source; None: those of the recipe's calibration text and training text."""
+    if source is not None:
+        yield from read_texts(source, tokenizer, recipe.base, seed=recipe.seed)
+        return
+    for role, entry in (("calibration", recipe.data.calibration), ("training", recipe.data.training)):
+        if entry is not None:
+            length = entry.length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+            seed = recipe.seed if entry.seed is None else entry.seed
+            tokens = (entry.samples or 128) * length
+            yield from read_texts(entry.source, tokenizer, recipe.base, cast(Role, role), seed, tokens)
+
+
+def _fingerprints_of_documents(recipe: Recipe) -> dict[str, str]:
+    """What tells the texts that a pass reads as a whole from others: the content of their files."""
+    found: dict[str, str] = {}
+    for index, step in enumerate(recipe.passes):
+        named = {f"passes.{index}.{step.name}.{option}": getattr(step, option) for option in step.sources}
+        if step.needs_documents and step.takes_calibration and recipe.data.training is not None:
+            named["the file of data.training"] = recipe.data.training.source
+        found |= {place: fingerprint_source(source, recipe.base) for place, source in named.items() if source}
+    return found
+
+
 def check_device(device: str) -> str:
     """`auto` resolved; StartError where CUDA is asked for and there is none."""
     if device == "auto":
@@ -99,7 +162,9 @@ def check_device(device: str) -> str:
     return device
 
 
-def _texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> dict[str, Windows]:
+def _texts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, folder: Path
+) -> dict[str, Windows]:
     """The windows of each text that this recipe makes use of."""
     wanted: list[Role] = []
     trains = any(pass_.needs_training for pass_ in recipe.passes)
@@ -110,19 +175,22 @@ def _texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: Pr
         wanted.append("training")
     if recipe.benchmark is not False:
         wanted.append("evaluation")
-    found = cut_texts(recipe.data, wanted, tokenizer, config, recipe.base, recipe.seed)
+    found = cut_texts(recipe.data, wanted, tokenizer, config, recipe.base, recipe.seed, folder)
     return found | {"training": found["calibration"]} if instead else found
 
 
 def cut_texts(
     data: Data, roles: list[Role], tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, base: Path,
-    seed: int,
+    seed: int, folder: Path,
 ) -> dict[str, Windows]:  # fmt: skip
-    """The windows of those roles that `data` has an entry for."""
+    """The windows of those roles that `data` has an entry for; `folder` is the model's."""
     found: dict[str, Windows] = {}
     for role in roles:
         entry = getattr(data, role)
         if entry is None:
+            continue
+        if reads_images(config) or (base / entry.source).is_dir():
+            found[role] = image_windows(entry, role, folder, config, seed)
             continue
         if tokenizer is None:
             raise StartError(f"data.{role}: the model's folder holds no tokenizer, so text cannot be cut into tokens.")
@@ -154,6 +222,8 @@ def benchmark_job(recipe: Recipe, device: str, evaluation: Windows | None) -> Be
 
 def _probe(text: Windows | None, config: PretrainedConfig, seed: int) -> Windows:
     """A few short windows of the recipe's text, or tokens drawn by the seed where it has none."""
+    if reads_images(config):
+        return random_images(config, PROBE_WINDOWS, seed)
     if text is not None and text.mask is None:
         tokens = text.tokens[:PROBE_WINDOWS, :PROBE_LENGTH]
     else:

@@ -46,7 +46,7 @@ class DataEntry(_Section):
     """Where a text comes from and how it is cut into token windows. A bare string is its `source`."""
 
     source: str = Field(min_length=1)
-    """`builtin:<name>`, a local .txt or .jsonl file, or a Hugging Face dataset id."""
+    """`builtin:<name>`, a local .txt or .jsonl file, a Hugging Face dataset id; for calibration, a folder of images."""
     samples: int | None = Field(None, ge=1)
     """How many windows (with `pack: false`: documents). Calibration: 128; evaluation: all (builtin text: 64)."""
     length: int | None = Field(None, ge=2)
@@ -293,7 +293,7 @@ def _data(check: Checker, value: Any, home: str | None, seed: int, builtin: Sequ
         if given is not None and not isinstance(given, dict):
             check.problem(place, f"{yaml_words(given)} is not allowed; allowed: a source, or a mapping with one.")
         elif given is not None and (entry := check.build(DataEntry, given, place)):
-            source = check.source((*place, "source"), entry.source, builtin)
+            source = check.source((*place, "source"), entry.source, builtin, images=role == "calibration")
             entries[role] = entry.model_copy(update={"source": source}).resolved(role, seed)
     unknown = {key: item for key, item in value.items() if key not in ROLES}
     check.build(Data, unknown, ("data",))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from compress.passes.base import Pass
 
 MAX_PROBLEMS = 10
+#: Files that are taken for images.
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -95,7 +97,16 @@ class Checker:
         if options is not None and not isinstance(options, dict):
             self.problem((*place, name), f"{yaml_words(options)} is not allowed; allowed: a mapping of options.")
             return None
-        return self.build(PASSES.get(name), options or {}, (*place, name))
+        built = self.build(PASSES.get(name), options or {}, (*place, name))
+        return built if built is None else self._located(built, (*place, name))
+
+    def _located(self, step: Pass, place: Place) -> Pass:
+        """The pass with the texts that its options name made absolute."""
+        from compress.builtin import MODELS
+
+        given = {option: getattr(step, option) for option in step.sources}
+        found = {option: self.source((*place, option), text, tuple(MODELS)) for option, text in given.items() if text}
+        return step.model_copy(update=found) if found else step
 
     def names(self, place: Place, given: Iterable[str], registry: Any) -> None:
         """Notes the names that a registry lacks, and those that stand there twice."""
@@ -121,13 +132,16 @@ class Checker:
             self.problem(place, f"no such folder: {path}.{nearest_file(path)}")
         return model
 
-    def source(self, place: Place, source: str, builtin: Sequence[str], hub: bool = True) -> str:
-        """A text's source with a local file made absolute. Hub ids (where `hub`) and `builtin:` names stay."""
+    def source(self, place: Place, source: str, builtin: Sequence[str], hub: bool = True, images: bool = False) -> str:
+        """A text's source with a local file, or (where `images`) folder made absolute. Hub ids (where `hub`) and
+        `builtin:` names stay."""
         if source.startswith("builtin:"):
             self._builtin(place, source, builtin)
             return source
         path = self.path(place, source)
         if os.path.isdir(path):
+            if images and any(entry.suffix.lower() in IMAGE_ENDINGS for entry in path.rglob("*")):
+                return str(path)
             self.problem(place, f"{path} is a folder; allowed: a .txt or .jsonl file, builtin:{builtin[0]}.")
         elif path.suffix.lower() in (".txt", ".jsonl"):
             if not os.path.exists(path):

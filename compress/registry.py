@@ -88,6 +88,7 @@ PASSES = Registry(
         "bnb": "compress.passes.bnb:Bnb",
         "depth": "compress.passes.depth:Depth",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",
+        "experts": "compress.passes.experts:Experts",
         "fp8": "compress.passes.fp8:FP8",
         "gptq": "compress.passes.gptq:GPTQ",
         "hqq": "compress.passes.hqq:HQQ",
@@ -101,7 +102,9 @@ PASSES = Registry(
         "rtn": "compress.passes.rtn:RTN",
         "smoothquant": "compress.passes.smoothquant:SmoothQuant",
         "sparsegpt": "compress.passes.sparsegpt:SparseGPT",
+        "vocab": "compress.passes.vocab:Vocab",
         "wanda": "compress.passes.wanda:Wanda",
+        "width": "compress.passes.width:Width",
     },
     "compress.passes",
 )

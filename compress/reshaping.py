@@ -19,6 +19,8 @@ from compress.errors import StartError
 from compress.loading import skeleton
 from compress.model import ModelHandle, find_stacks
 
+#: How configs call the number of blocks of an encoder-decoder's decoder: its encoder's is `num_hidden_layers`.
+_DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
 #: What belongs to a model object and not to its shape.
 _STAYS = ("generation_config", "compress_history", "training", "name_or_path")
 
@@ -45,23 +47,54 @@ def take_shape(model: ModelHandle, config: PretrainedConfig, outside: Mapping[st
     model.place_outside({n: held[n] for n, t in model.outside().items() if n in held and held[n].shape == t.shape})
 
 
-def without_blocks(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConfig:
-    """The config of a model that has only the blocks `keep` (indices, in their order), of those of this one."""
+def without_blocks(config: PretrainedConfig, *keep: Sequence[int]) -> PretrainedConfig:
+    """The config of a model that has only the blocks `keep` (indices, in their order) of those of this one; for an
+    encoder-decoder those of its encoder, then those of its decoder."""
     config = deepcopy(config)
-    text = config.get_text_config()
+    text = config if config.is_encoder_decoder else config.get_text_config()
     before = int(text.num_hidden_layers)
     for key, value in vars(text).items():
-        if isinstance(value, list | tuple) and len(value) == before and not key.startswith("_"):
-            setattr(text, key, type(value)(value[index] for index in keep))  # what each layer is (`layer_types`)
-    text.num_hidden_layers = len(keep)
+        if isinstance(value, list | tuple) and len(value) == before and not key.startswith("_") and len(keep) == 1:
+            setattr(text, key, type(value)(value[index] for index in keep[0]))  # what each layer is (`layer_types`)
+    text.num_hidden_layers = len(keep[0])
+    for key in _DECODER_COUNTS if len(keep) > 1 else ():
+        if hasattr(text, key):
+            setattr(text, key, len(keep[1]))
     return config
 
 
 def same_kind(old: torch.nn.Module, new: torch.nn.Module) -> bool:
     """Whether two blocks compute the same from the same tensors: their modules' own settings agree, the index of the
-    layer aside."""
-    mine, other = dict(old.named_modules()), dict(new.named_modules())
-    return mine.keys() == other.keys() and all(_settings(mine[name]) == _settings(other[name]) for name in mine)
+    layer aside, and their tensors have the same names and shapes."""
+    return bool(_kind(old) == _kind(new))
+
+
+def find_fits(model: PreTrainedModel, left: Sequence[int]) -> list[list[list[bool]]]:
+    """For each stack, where `left[stack]` blocks remain of it: `[i][j]`, whether block i computes the same at index j.
+
+    It does not where the index decides what a block is and the config does not say it block by block (T5's first block
+    alone has position biases, ModernBERT's first no norm). The model may be without weights.
+    """
+    stacks = find_stacks(model)
+    made: dict[str, list[list[Any]]] = {}
+    found: list[list[list[bool]]] = [[] for _ in stacks]
+    for place, stack in enumerate(stacks):
+        for index in range(len(stack)):
+            # A model that has as many blocks, each of which the config describes as it does this one
+            copies = [[index if other is stack else 0] * n for other, n in zip(stacks, left, strict=True)]
+            config = without_blocks(model.config, *copies)
+            key = config.to_json_string(use_diff=False)
+            if key not in made:
+                new = find_stacks(empty_model(model, config))
+                made[key] = [[_kind(block) for block in other.modules] for other in new]
+            mine = _kind(stack.modules[index])
+            found[place].append([mine == other for other in made[key][place]])
+    return found
+
+
+def _kind(block: torch.nn.Module) -> Any:
+    shapes = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
+    return shapes, {name: _settings(module) for name, module in block.named_modules()}
 
 
 def _settings(module: torch.nn.Module) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class Ends:
 def find_ends(model: ModelHandle, windows: Windows) -> Ends:
     """The ends of the model's residual stream, on these tokens. StartError, with the reason, where it has others."""
     kind = type(model.model).__name__
+    if len(model.stacks) > 1:
+        raise StartError(f"{kind} has {len(model.stacks)} stacks of blocks, and so several residual streams.")
     head = model.model.get_output_embeddings()
     if head is None:
         raise StartError(f"{kind} has no head: what it gives is its residual stream, which would be another.")

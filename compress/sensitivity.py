@@ -42,7 +42,10 @@ def replaced(layer: Layer, weight: Tensor) -> Iterator[None]:
 
 
 def _stream(model: ModelHandle, windows: Windows) -> CalibrationStream:
-    vocabulary = model.config.get_text_config().vocab_size
+    if len(model.stacks) > 1:
+        kind = type(model.model).__name__
+        raise StartError(f"What is measured at the output, a layer at a time, takes one stack of blocks; not {kind}.")
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)  # what reads images has none
     return CalibrationStream(model, windows, batch_tokens(windows.length, vocabulary))
 
 
@@ -130,15 +133,27 @@ def _push_rounded(
 def divergence(stream: CalibrationStream, original: list[Tensor], others: Sequence[list[Tensor]]) -> list[float]:
     """Mean KL divergence in nats a token of each of `others` from `original`, what the last block gave; padding does
     not count. An encoder has no tokens to give: the squared change of its output relative to its square."""
+    found: list[float] = outputs_divergence(
+        stream, stream.outputs(original), [stream.outputs(hidden) for hidden in others]
+    )
+    return found
+
+
+@torch.no_grad()
+def outputs_divergence(
+    stream: CalibrationStream, original: Iterator[Tensor], others: Sequence[Iterator[Tensor]]
+) -> list[float]:
+    """As `divergence`, from the outputs of models, batch by batch, on the text of `stream`."""
     totals: list[float] = [0.0] * len(others)
     counted = 0.0
     causal = stream.model.model.get_output_embeddings() is not None
-    waiting = [stream.outputs(hidden) for hidden in others]
-    for mask, first in zip(stream.masks, stream.outputs(original), strict=True):
-        kept = torch.ones(first.shape[:2], dtype=torch.bool) if mask is None else mask
+    for mask, first in zip(stream.masks, original, strict=True):
+        kept = torch.ones(first.shape[:2], dtype=torch.bool)
+        if mask is not None and mask.shape == kept.shape:  # a classifier gives a row a text, not a token
+            kept = mask
         p = first[kept.to(first.device)]
         counted += len(p) if causal else float(p.double().square().sum())
-        for index, outputs in enumerate(waiting):
+        for index, outputs in enumerate(others):
             q = next(outputs)[kept.to(first.device)]
             totals[index] += _kl(p, q) if causal else float((p - q).double().square().sum())
     means: list[float] = [max(total, 0.0) / counted for total in totals]
@@ -172,7 +187,7 @@ def fisher_losses(
     for block in model.blocks():
         before.append(list(stream.hidden))
         stream.advance(block)
-    slopes, tokens = _likelihood_slopes(stream)
+    slopes, tokens = likelihood_slopes(stream)
     losses: Losses = {}
     for block in reversed(model.block_list()):
         model.load(block)
@@ -189,7 +204,7 @@ def fisher_losses(
     return {name: losses[name] for block in model.block_list() for name in losses if name.startswith(f"{block.name}.")}
 
 
-def _likelihood_slopes(stream: CalibrationStream) -> tuple[list[Tensor], int]:
+def likelihood_slopes(stream: CalibrationStream) -> tuple[list[Tensor], int]:
     """Gradient of each window's log-likelihood by what the last block gave, and the tokens predicted in all."""
     slopes, tokens = [], 0
     with torch.enable_grad():

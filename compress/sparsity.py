@@ -123,7 +123,7 @@ def input_norms(pass_: PruningPass, model: ModelHandle, text: Windows) -> Norms:
     that no token reached have none."""
     from compress.passes.wanda import observed_norms
 
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)  # what reads images has none
     stream = CalibrationStream(model, text, batch_tokens(text.length, vocabulary))
     norms: Norms = {}
     for block in model.blocks():

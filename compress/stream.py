@@ -10,16 +10,24 @@ the pass found it. Both paths start as the same tensors; the second one goes thr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from compress.capture import Call, Capture, run_recorded, share
+from compress.capture import UNKNOWN, Call, Capture, run_recorded, share
 from compress.data import Windows
-from compress.errors import StartError
 from compress.model import Block, ModelHandle
 from compress.nn.kernels import cached
+
+Watcher = Callable[[nn.Module, tuple[Any, ...], torch.Tensor | None], None]
+
+
+def _shown(observer: Watcher, mask: torch.Tensor | None, module: nn.Module, args: tuple[Any, ...]) -> None:
+    observer(module, args, mask)
 
 
 def called(module: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
@@ -33,45 +41,87 @@ class CalibrationStream:
 
     Holds one hidden state [batch, length, hidden] a batch, in the model's dtype, on the CPU between its uses; with
     `original`, a second one: that of the model as it is now, which `advance` does not touch.
+
+    Where a model has several stacks of blocks (an encoder and a decoder), they are gone through one after the other:
+    what enters a later one follows from what the ones before it gave, and is captured when its first block is asked
+    for. What those gave is kept, as the model's end may ask for it.
     """
 
     def __init__(self, model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048, original: bool = False):
-        if len(model.stacks) > 1:
-            names = ", ".join(stack.name for stack in model.stacks)
-            raise StartError(f"Calibrated passes take models with one stack of blocks; this one has {names}.")
         self.model, self.windows, self.tokens_per_batch = model, windows, tokens_per_batch
-        self._returns_tuple: bool | None = None
-        self.hidden: list[torch.Tensor] = []
-        self.calls: list[list[Call]] = []
         #: bool [batch, length] a batch, False on padding; None where there is none.
         self.masks: list[torch.Tensor | None] = []
-        first = model.load(model.block_list()[0])
-        try:
-            for batch in self.batches():
-                self._capture(batch)
-        finally:
-            model.release(first)
-        #: The hidden states of the second path, None if there is none. Before the first block: the same tensors.
+        for batch in self.batches():
+            self.masks.append(batch["attention_mask"].bool() if "attention_mask" in batch else None)
+        self._blank: list[Any] = []  # what a block of each stack gives beside hidden states, without tensors
+        self._given: list[list[torch.Tensor]] = []  # what the last block of each stack before this one gave, per batch
+        self.hidden, self.calls = self._enter(self._given)
+        #: The second path, None if there is none. Before the first block: the same tensors.
         self.original: list[torch.Tensor] | None = list(self.hidden) if original else None
+        self.original_calls = self.calls
+        self._original_given: list[list[torch.Tensor]] = []
+
+    def fork(self) -> CalibrationStream:
+        """A stream that stands where this one does, and goes its own way from here; no second path."""
+        other = copy(self)
+        other.hidden, other.original = list(self.hidden), None
+        other._blank, other._given = list(self._blank), list(self._given)
+        return other
 
     @torch.no_grad()
-    def _capture(self, batch: dict[str, torch.Tensor]) -> None:
-        capture = Capture(self._returns_tuple)
-        run_recorded(self.model, self.model.model.base_model, batch, capture)
-        self._returns_tuple = capture.returns_tuple
-        assert capture.first is not None
-        self.hidden.append(capture.first.cpu())
-        self.masks.append(batch["attention_mask"].bool() if "attention_mask" in batch else None)
-        calls = capture.calls
-        if self.calls:
-            calls = [
-                Call(share(call.args, old.args), share(call.kwargs, old.kwargs))
-                for call, old in zip(calls, self.calls[0], strict=True)
-            ]
-        self.calls.append(calls)
+    def _enter(self, given: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], list[list[Call]]]:
+        """What enters the stack that follows those that gave `given`, and how its blocks are called, per batch."""
+        place = len(given)
+        stack = self.model.stacks[place]
+        first = Block(stack, 0)
+        absent = any(parameter.is_meta for parameter in first.module.parameters())
+        if absent:
+            self.model.load(first)
+        hidden: list[torch.Tensor] = []
+        all_calls: list[list[Call]] = []
+        known: Any = UNKNOWN
+        try:
+            for index, batch in enumerate(self.batches()):
+                capture = Capture(known, last=len(stack))
+                run_recorded(self.model, self.model.model.base_model, batch, [*self._before(given, index), capture])
+                known = capture.known()
+                assert capture.first is not None
+                hidden.append(capture.first.cpu())
+                calls = capture.calls
+                if all_calls:
+                    calls = [
+                        Call(share(call.args, old.args), share(call.kwargs, old.kwargs))
+                        for call, old in zip(calls, all_calls[0], strict=True)
+                    ]
+                all_calls.append(calls)
+                if len(self._blank) == place:
+                    self._blank.append(capture.blank())
+        finally:
+            if absent:
+                self.model.release(first)
+        return hidden, all_calls
+
+    def _before(self, given: list[list[torch.Tensor]], index: int) -> list[Capture]:
+        """Recorders that stand for whole stacks, which gave `given` for the batch at `index`."""
+        return [
+            Capture(beside, substitute=states[index].to(self.model.device))
+            for beside, states in zip(self._blank, given, strict=False)
+        ]
+
+    def reach(self, block: Block) -> None:
+        """Goes on to the block's stack, if the text stands at the end of the one before it."""
+        while self.model.stacks[len(self._given)].name != block.stack.name:
+            self._given.append(self.hidden)
+            if self.original is not None:
+                self._original_given.append(self.original)
+            self.hidden, self.calls = self._enter(self._given)
+            self.original_calls = self.calls
+            if self.original is not None:
+                self.original, self.original_calls = self._enter(self._original_given)
 
     def inputs(self, block: Block) -> Iterator[tuple[torch.Tensor, Call]]:
         """The block's input [batch, length, hidden] and call, batch by batch."""
+        self.reach(block)
         for hidden, calls in zip(self.hidden, self.calls, strict=True):
             yield hidden.to(self.model.device), calls[block.index]
 
@@ -85,11 +135,28 @@ class CalibrationStream:
                 self.hidden[index] = (called(block.module, hidden, call) if known is None else known).cpu()
 
     @torch.no_grad()
+    def watch(self, block: Block, observers: Mapping[str, Watcher]) -> None:
+        """As `advance`, and shows each named module's observer how it is called: the module, the arguments, and the
+        batch's mask [batch, length] (False on padding, or None)."""
+        for index, (hidden, call) in enumerate(self.inputs(block)):
+            handles = []
+            for name, observer in observers.items():
+                shown = partial(_shown, observer, self.masks[index])
+                handles.append(block.module.get_submodule(name).register_forward_pre_hook(shown))
+            try:
+                self.hidden[index] = called(block.module, hidden, call).cpu()
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    @torch.no_grad()
     def advance_original(self, block: Block, module: nn.Module | None = None) -> None:
         """Pushes the second path, if there is one, through the block as it is now, or through `module` in its place."""
-        for index, hidden in enumerate(self.original or ()):
-            assert self.original is not None
-            out = called(module or block.module, hidden.to(self.model.device), self.calls[index][block.index])
+        if self.original is None:
+            return
+        self.reach(block)
+        for index, hidden in enumerate(self.original):
+            out = called(module or block.module, hidden.to(self.model.device), self.original_calls[index][block.index])
             self.original[index] = out.cpu()
 
     @torch.no_grad()
@@ -106,21 +173,22 @@ class CalibrationStream:
     def outputs(self, hidden: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The model's logits (an encoder's last hidden state) [batch, length, width], batch by batch, where `hidden`
         is what the last block gave."""
-        for state, batch in zip(hidden, self.batches(), strict=True):
-            capture = Capture(self._returns_tuple, substitute=state.to(self.model.device))
-            out = run_recorded(self.model, self.model.model, batch, capture)
+        paths = [*self._given, hidden]
+        for index, batch in enumerate(self.batches()):
+            out = run_recorded(self.model, self.model.model, batch, self._before(paths, index))
             yield out.logits if hasattr(out, "logits") else out.last_hidden_state
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """`input_ids`, and `attention_mask` where there is padding, batch by batch."""
+        """What `batches_of` gives of the windows."""
         return batches_of(self.windows, self.tokens_per_batch)
 
 
 def batches_of(windows: Windows, tokens_per_batch: int) -> Iterator[dict[str, torch.Tensor]]:
-    """`input_ids`, and `attention_mask` where there is padding, of so many windows at a time."""
-    size = max(1, tokens_per_batch // windows.tokens.shape[1])
+    """`input_ids` (of images `pixel_values`), and `attention_mask` where there is padding, of so many windows at a
+    time."""
+    size = max(1, tokens_per_batch // windows.length)
     for start in range(0, len(windows.tokens), size):
-        batch = {"input_ids": windows.tokens[start : start + size]}
+        batch = {windows.input_name: windows.tokens[start : start + size]}
         if windows.mask is not None:
             batch["attention_mask"] = windows.mask[start : start + size].long()
         yield batch

@@ -8,6 +8,7 @@ def test_my_pass_conforms():
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -63,11 +64,45 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
     "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "norm_topk_prob": True},
+    ),
     "bert": ("BertConfig", _COMMON),
+    "roberta": ("RobertaConfig", {**_COMMON, "max_position_embeddings": CONTEXT + 2}),
+    "distilbert": (
+        "DistilBertConfig",
+        {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, "num_labels": 3,
+         "max_position_embeddings": CONTEXT},
+    ),
+    "modernbert": (
+        "ModernBertConfig",
+        {**_COMMON, "num_hidden_layers": 5, "local_attention": 16, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "t5": (
+        "T5Config",
+        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_decoder_layers": 3,
+         "num_heads": 4, "decoder_start_token_id": 0},
+    ),
+    "vit": (
+        "ViTConfig",
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "image_size": 16, "patch_size": 4, "num_labels": 3},
+    ),
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
-#: The base model alone, for families without a language-model head here.
-_ENCODERS = {"bert": "BertModel"}
+#: The class of the model, where it is not the language model of the configuration.
+_CLASSES = {
+    "bert": "BertModel",
+    "roberta": "RobertaForMaskedLM",
+    "distilbert": "DistilBertForSequenceClassification",
+    "modernbert": "ModernBertForMaskedLM",
+    "t5": "T5ForConditionalGeneration",
+    "vit": "ViTForImageClassification",
+}
+#: Those that say token by token what comes next.
+CAUSAL = tuple(family for family in FAMILIES if family not in _CLASSES)
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -77,10 +112,11 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
     """
     config_name, arguments = _FAMILIES[family]
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    tokens = {} if family == "vit" else tokens
     config = getattr(transformers, config_name)(**{**tokens, **copy.deepcopy(arguments), **changes})
     torch.manual_seed(seed)
-    if family in _ENCODERS:
-        model = getattr(transformers, _ENCODERS[family])(config)
+    if family in _CLASSES:
+        model = getattr(transformers, _CLASSES[family])(config)
     else:
         model = transformers.AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
@@ -110,9 +146,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """Writes `tiny_model` and `tiny_tokenizer` as a Hugging Face folder, and returns it."""
+    """Writes `tiny_model` and `tiny_tokenizer` (or an image processor) as a Hugging Face folder, and returns it."""
     tiny_model(family, **changes).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    if family == "vit":
+        words = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(words))
+    else:
+        tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -124,6 +164,12 @@ def small_options(cls: type[Pass]) -> dict[str, Any]:
         return {"learn_from": "original", "init_lora_weights": "pissa", "r": 4, "tokens": 512}
     if cls.name == "depth":
         return {"layers": 2}
+    if cls.name == "width":
+        return {"intermediate_size": 40}
+    if cls.name == "vocab":
+        return {"keep": 88}
+    if cls.name == "experts":
+        return {"experts": 3}
     small = {"group_size": 16, "tokens": 512, "iterations": 10, "preset": "fast"}
     return {name: value for name, value in small.items() if name in cls.model_fields}
 
@@ -134,10 +180,19 @@ def tiny_tokens(samples: int = 8, length: int = 32, seed: int = 0) -> torch.Tens
     return torch.randint(3, VOCABULARY, (samples, length), generator=generator)
 
 
+def tiny_inputs(family: str, samples: int = 8, length: int = 32, seed: int = 0) -> torch.Tensor:
+    """What `tiny_model(family)` reads: `tiny_tokens`, or random pixels [samples, 3, 16, 16] (float32)."""
+    if family != "vit":
+        return tiny_tokens(samples, length, seed)
+    return torch.randn(samples, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
 @torch.no_grad()
 def outputs(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits, or an encoder's last hidden state."""
-    out = model(input_ids=tokens)
+    """Logits, or an encoder's last hidden state. An encoder-decoder's decoder is given the text one place later."""
+    from compress.inputs import with_decoder
+
+    out = model(**with_decoder({model.main_input_name: tokens}, model.config))
     result: torch.Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
     return result
 
@@ -150,20 +205,20 @@ def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrai
     states.
     """
     from compress.model import find_stacks
-    from compress.passes.base import STATES
+    from compress.passes.base import STATES, reason_against
     from compress.passes.rtn import RTN
 
     assert type(pass_)(**pass_.options()) == pass_, f"{pass_.name}: options() do not rebuild the pass"
     assert set(pass_.accepts) <= set(STATES), f"{pass_.name} accepts unknown states"
     assert pass_.leaves in STATES, f"{pass_.name} leaves an unknown state"
-    reason = pass_.refuses(make(family))
+    reason = reason_against(pass_, make(family))
     if reason is not None:
-        _check_refusal(pass_, make(family), reason)
+        _check_refusal(pass_, make(family), reason, tiny_inputs(family))
         return
     if not pass_.changes_weights:
         _check_run_time_pass(pass_, make(family))
         return
-    tokens = tiny_tokens()
+    tokens = tiny_inputs(family)
     results = []
     for _ in range(2):
         model = make(family)
@@ -179,20 +234,29 @@ def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrai
             original=make(family) if pass_.needs_teacher else None,
             min_coverage=0.0,
         )
-        after = outputs(model, tokens)
+        after = outputs(model, renumbered(tokens, result.kept_tokens))
         assert result.model is model, f"{pass_.name} does not change the model in place"
         assert 0 < result.coverage <= 1, f"{pass_.name} covers {result.coverage}"
         assert torch.isfinite(after).all(), f"{pass_.name} leaves outputs that are not finite"
-        assert not torch.equal(before, after), f"{pass_.name} changed nothing"
+        assert before.shape != after.shape or not torch.equal(before, after), f"{pass_.name} changed nothing"
         if pass_.structural:
-            _check_shape(pass_, model, make(family))
+            _check_shape(pass_, model, make(family), renumbered(tokens, result.kept_tokens))
         for name, old in outside.items() if not pass_.changes_outside else ():
             assert torch.equal(old, model.get_parameter(name)), f"{pass_.name} changed {name}, which is in no block"
         results.append(after)
     assert torch.equal(*results), f"{pass_.name} is not reproducible"
 
 
-def _check_shape(pass_: Pass, model: PreTrainedModel, before: PreTrainedModel) -> None:
+def renumbered(tokens: torch.Tensor, kept: list[int] | None) -> torch.Tensor:
+    """Token ids as they are after a pass that left `kept` (old ids in their new order); 0 for those that are gone."""
+    if kept is None:
+        return tokens
+    new = torch.zeros(max(VOCABULARY, max(kept) + 1), dtype=torch.int64)
+    new[torch.tensor(kept)] = torch.arange(len(kept))
+    return new[tokens]
+
+
+def _check_shape(pass_: Pass, model: PreTrainedModel, before: PreTrainedModel, tokens: torch.Tensor) -> None:
     """The smaller model is what plain transformers makes of its folder, to the last bit, and no tensor of it is larger
     than its config says; the plan foresees as many parameters."""
     from compress.model import ModelHandle
@@ -204,7 +268,7 @@ def _check_shape(pass_: Pass, model: PreTrainedModel, before: PreTrainedModel) -
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder).eval()
     assert parameters_of(again) == parameters_of(model), f"{pass_.name}: config.json says another size"
-    assert torch.equal(outputs(again, tiny_tokens()), outputs(model, tiny_tokens())), f"{pass_.name} does not reload"
+    assert torch.equal(outputs(again, tokens), outputs(model, tokens)), f"{pass_.name} does not reload"
     planned = ModelShape.of(before.config, before.dtype, type(before).__name__)
     planned.apply(pass_)
     assert parameters_of(planned.handle.model) == parameters_of(model), f"{pass_.name}: the plan foresees another size"
@@ -212,14 +276,14 @@ def _check_shape(pass_: Pass, model: PreTrainedModel, before: PreTrainedModel) -
     ModelHandle.wrap(model)
 
 
-def _check_refusal(pass_: Pass, model: PreTrainedModel, reason: str) -> None:
+def _check_refusal(pass_: Pass, model: PreTrainedModel, reason: str, tokens: torch.Tensor) -> None:
     """A model that the pass refuses is left as it was, and the reason is a sentence."""
     from compress.errors import StartError
 
     assert reason.endswith("."), f"{pass_.name}: {reason!r} is no sentence"
     said = None
     try:
-        pass_(model, calibration=tiny_tokens() if pass_.needs_calibration else None, min_coverage=0.0)
+        pass_(model, calibration=tokens if pass_.needs_calibration else None, min_coverage=0.0)
     except StartError as error:
         said = str(error)
     assert said is not None, f"{pass_.name} refuses {type(model).__name__} and works on it all the same"

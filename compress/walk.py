@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.calibration import BlockCalibration
 from compress.errors import CompressError, StartError
+from compress.images import probe_for
 from compress.model import Block, ModelHandle
 from compress.passes.base import Context, PassResult
 from compress.stream import CalibrationStream
@@ -24,7 +25,7 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
     path, a copy of the block and of the hidden states.
     """
     coverage = check_coverage(pass_, model, context.min_coverage)
-    windows = context.calibration if pass_.needs_calibration else pass_.probe()
+    windows = context.calibration if pass_.needs_calibration else probe_for(model.config, pass_.probe())
     if pass_.needs_calibration and windows is None:
         raise StartError(f"{pass_.name} needs calibration text.")
     stream = None
@@ -39,13 +40,15 @@ def over_blocks(
     context: Context,
     change: Callable[[Block], dict[str, Any]],
     stream: CalibrationStream | None = None,
+    reshape: Callable[[Block], None] | None = None,
     restored: Callable[[Block], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Calls `change` on every block in order and returns what it returned; `name` is what the progress shows.
 
-    A block that `context.stage` already holds is taken from there, so that a killed run continues where it was.
-    `stream` is pushed through the blocks taken from there, after `restored` was called on them; `change` itself pushes
-    it through those it changes.
+    A block that `context.stage` already holds is taken from there, so that a killed run continues where it was. Where
+    `change` leaves blocks of another shape, `reshape` gives such a block that shape first. `stream` is pushed through
+    the blocks taken from there, after `restored` was called on them; `change` itself pushes it through those it
+    changes.
     """
     records: list[dict[str, Any]] = []
     with context.progress.step(name, total=len(model.block_list())) as step:
@@ -55,6 +58,8 @@ def over_blocks(
                 assert context.stage is not None
                 if stream is not None:
                     stream.advance_original(block)  # now: what comes next takes the place of the weights it came with
+                if reshape is not None:
+                    reshape(block)
                 block.restore(*context.stage.read(block, model.device))
                 if restored is not None:
                     restored(block)

@@ -8,6 +8,7 @@ which definition it follows. Arrays are numpy float64 (codes are int64); a weigh
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from fractions import Fraction
@@ -780,3 +781,194 @@ def eora(error: np.ndarray, inputs: np.ndarray, r: int) -> np.ndarray:
     nearest = (left[:, :r] * singular[:r]) @ right[:r]
     back = (vectors[:, keep] / np.sqrt(values[keep])).T  # its inverse on what was kept
     return nearest @ back
+
+
+def ridge(x, target, near, damping):
+    """The `W` `[out, in]` with the least `sum |t - W x|^2 / n + l |W - near|^2`; `l` is `damping` times the mean over
+    columns that are not always zero of their mean square: one least-squares problem with a row more for each column
+    (Tikhonov). `x` `[n, in]`, `target` `[n, out]`."""
+    x, target, near = x.double(), target.double(), near.double()
+    squares = x.square().mean(0)
+    held = (damping * squares[squares > 0].mean()).sqrt()
+    rows = torch.cat([x / len(x) ** 0.5, held * torch.eye(x.shape[1], dtype=torch.float64)])
+    return torch.linalg.lstsq(rows, torch.cat([target / len(x) ** 0.5, held * near.T])).solution.T
+
+
+def removal_loss(weight, x, gone, damping):
+    """The least of `|W x - V x|^2 / n + l |V - W|^2` over layers `V` whose columns `gone` are zero, `l` as in `ridge`:
+    what it costs to take those inputs away from a layer `[out, in]`."""
+    weight, x = weight.double(), x.double()
+    stays = [column for column in range(x.shape[1]) if column not in gone]
+    squares = x.square().mean(0)
+    held = damping * squares[squares > 0].mean()
+    rows = torch.cat([x / len(x) ** 0.5, held.sqrt() * torch.eye(x.shape[1], dtype=torch.float64)])
+    target = rows @ weight.T
+    fitted = torch.linalg.lstsq(rows[:, stays], target).solution
+    return float((target - rows[:, stays] @ fitted).square().sum())
+
+
+def greedy_removal(weight, x, groups, count, damping):
+    """Groups of inputs to take away, one after the other: that which, with those before it, costs least."""
+    order = []
+    for _ in range(count):
+        left = [group for group in range(len(groups)) if group not in order]
+        cost = {}
+        for group in left:
+            gone = [column for one in (*order, group) for column in groups[one]]
+            cost[group] = removal_loss(weight, x, gone, damping)
+        order.append(min(left, key=cost.get))
+    return order
+
+
+def router_use(logits, k):
+    """Soft counts of experts: float64 [experts]. `logits`: the router's [tokens, experts].
+
+    Each token goes to the k experts of the highest probability, and these probabilities are made to add up to one.
+    """
+    total = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for row in logits.detach().double():
+        probability = row.exp() / row.exp().sum()
+        best = sorted(range(len(row)), key=lambda e: -float(probability[e]))[:k]
+        mass = sum(float(probability[e]) for e in best)
+        for e in best:
+            total[e] += float(probability[e]) / mass
+    return total
+
+
+def router_weighted_outputs(logits, k, given):
+    """For each expert, the mean over its tokens of its gate times the norm of what it gives: float64 [experts].
+    `given`: what every expert gives for every token [experts, tokens, hidden]."""
+    total = torch.zeros(logits.shape[1], dtype=torch.float64)
+    count = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for token, row in enumerate(logits.detach().double()):
+        probability = row.exp() / row.exp().sum()
+        best = sorted(range(len(row)), key=lambda e: -float(probability[e]))[:k]
+        mass = sum(float(probability[e]) for e in best)
+        for e in best:
+            total[e] += float(probability[e]) / mass * float(given[e, token].detach().double().square().sum().sqrt())
+            count[e] += 1
+    return total / count.clamp_min(1)
+
+
+def bpe_steps(token, merges):
+    """Every symbol there is while byte-pair encoding writes a token: its characters, and each merge's result.
+
+    Sennrich, Haddow and Birch, 2016: of the pairs that stand side by side, the one that was learnt first is merged.
+    """
+    symbols = list(token)
+    seen = set(symbols)
+    while True:
+        pairs = [(symbols[i], symbols[i + 1]) for i in range(len(symbols) - 1)]
+        known = [merges.index(pair) for pair in pairs if pair in merges]
+        if not known:
+            return seen
+        first, second = merges[min(known)]
+        i = pairs.index((first, second))
+        symbols = [*symbols[:i], first + second, *symbols[i + 2 :]]
+        seen.add(first + second)
+
+
+def two_vocabularies(model, small, window, table, shared):
+    """(nll of the new pieces, KL, agreements, original's mass on shared tokens), summed over the window's places but
+    the first, from whole distributions, a place at a time. The text of a place: all pieces of the tokens up to it. A
+    token without pieces is no place."""
+
+    def chances(asked, text):
+        logits = asked(input_ids=torch.tensor([text])).logits[0, -1].detach().double()
+        return [float(p) for p in logits.exp() / logits.exp().sum()]
+
+    nll = kl = agreements = mass = 0.0
+    for place in range(1, len(window)):
+        text = [piece for token in window[:place] for piece in table[token]]
+        if not table[window[place]] or not text:
+            continue
+        p, q = chances(model, window[:place]), chances(small, text)
+        left, right = sum(p[old] for old, _ in shared), sum(q[new] for _, new in shared)
+        kl += sum(p[old] / left * math.log((p[old] / left) / (q[new] / right)) for old, new in shared)
+        likeliest = max(shared, key=lambda pair: q[pair[1]])[0]
+        agreements += likeliest == max(range(len(p)), key=lambda index: p[index])
+        mass += left
+        for piece in table[window[place]]:
+            nll -= math.log(chances(small, text)[piece])
+            text = [*text, piece]
+    return nll, kl, agreements, mass
+
+
+# ------------------------------------------------------------------------------------------------------- depth
+
+
+def ridge_regression(given, missing, strength):
+    """W [out, in] of least `||D - U W^T||^2 + s m ||W||^2`, as ordinary least squares of a longer problem: sqrt(s m) I
+    under U, zeros under D; m the mean of the squared column norms of U."""
+    u, d = given.double(), missing.double()
+    weight = strength * float(u.square().sum(0).mean())
+    longer = torch.cat([u, weight**0.5 * torch.eye(u.shape[1], dtype=torch.float64)])
+    return torch.linalg.lstsq(
+        longer, torch.cat([d, torch.zeros(u.shape[1], d.shape[1], dtype=torch.float64)])
+    ).solution.T
+
+
+def _stacks(model):
+    if hasattr(model, "decoder") and hasattr(model, "encoder"):
+        return [model.encoder.block, model.decoder.block]
+    inner = model.base_model
+    return [inner.layers if hasattr(inner, "layers") else inner.encoder.layer]
+
+
+def block_influences(model, inputs):
+    """ShortGPT, section 3: for each block of each stack, 1 - mean over tokens of the cosine of its input and output."""
+    from compress.testing import outputs
+
+    found, hooks = [[0.0] * len(stack) for stack in _stacks(model)], []
+    for stack, values in zip(_stacks(model), found, strict=True):
+        for index, block in enumerate(stack):
+
+            def note(_, args, out, values=values, index=index):
+                x, y = args[0].double(), (out[0] if isinstance(out, tuple) else out).double()
+                values[index] = float(1 - ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean())
+
+            hooks.append(block.register_forward_hook(note))
+    outputs(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def outputs_without(model, inputs, *gone):
+    """What a model gives whose first stack's blocks `gone` hand their input on."""
+    from compress.testing import outputs
+
+    hooks = []
+    for index in gone:
+
+        def skip(_, args, out):
+            return (args[0], *out[1:]) if isinstance(out, tuple) else args[0]
+
+        hooks.append(_stacks(model)[0][index].register_forward_hook(skip))
+    found = outputs(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def bridged_llama(model, tokens, gone, strengths):
+    """The down projections of a Llama's blocks that stay, those before a hole refitted in turn: each adds the ridge
+    fit, from its own input, of what the whole model has behind the hole and the model so far has not."""
+    with torch.no_grad():
+        aims = model(tokens, output_hidden_states=True).hidden_states  # [i]: what enters block i
+        now = copy.deepcopy(model)
+        keep = [index for index in range(len(model.model.layers)) if index not in gone]
+        for before, strength in zip([index - 1 for index in gone], strengths, strict=True):
+            short = copy.deepcopy(now)
+            short.model.layers = torch.nn.ModuleList(now.model.layers[i] for i in keep if i <= before)
+            short.model.norm = torch.nn.Identity()
+            short.config.num_hidden_layers = len(short.model.layers)
+            seen = []
+            layer = short.model.layers[-1].mlp.down_proj
+            hook = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            out = short.model(tokens, use_cache=False).last_hidden_state
+            hook.remove()
+            missing = aims[before + 2].double() - out.double()
+            fitted = ridge_regression(seen[0].flatten(0, 1), missing.flatten(0, 1), strength)
+            now.model.layers[before].mlp.down_proj.weight += fitted.float()
+        return [now.model.layers[index].mlp.down_proj.weight for index in keep]

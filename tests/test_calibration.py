@@ -7,9 +7,10 @@ from torch import nn
 from compress.calibration import BlockCalibration
 from compress.data import windows_from
 from compress.errors import StartError
+from compress.images import windows_given
 from compress.model import ModelHandle
 from compress.stream import CalibrationStream, stream_outputs
-from compress.testing import FAMILIES, outputs, tiny_model, tiny_tokens
+from compress.testing import FAMILIES, outputs, tiny_inputs, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(samples=5, length=24)
 PER_BATCH = 48  # two windows a batch, and a last batch of one
@@ -18,8 +19,10 @@ PER_BATCH = 48  # two windows a batch, and a last batch of one
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streaming_block_by_block_gives_the_models_own_outputs_to_the_last_bit(family):
     model = tiny_model(family)
-    expected = torch.cat([outputs(model, batch) for batch in TOKENS.split(2)])
-    streamed = stream_outputs(ModelHandle.wrap(model), windows_from(TOKENS, None), PER_BATCH)
+    inputs = tiny_inputs(family, samples=5, length=24)
+    windows = windows_given(inputs, model.config)
+    expected = torch.cat([outputs(model, batch) for batch in inputs.split(2)])
+    streamed = stream_outputs(ModelHandle.wrap(model), windows, 2 * windows.length)
     assert torch.equal(streamed, expected)
 
 

@@ -15,7 +15,12 @@ REFUSED = {
     ("rotate", "gemma3"): "computes something else",
     ("rotate", "gpt_oss"): "no linear layer",
     ("rotate", "mixtral"): "no linear layer",
+    ("rotate", "qwen3_moe"): "no linear layer",
     ("rotate", "bert"): "no head",
+    ("rotate", "roberta"): "not given a sum of embeddings",
+    ("rotate", "distilbert"): "no head",
+    ("rotate", "modernbert"): "not given a sum of embeddings",
+    ("rotate", "t5"): "2 stacks of blocks",
 }
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compress
@@ -88,3 +89,13 @@ def test_more_blocks_than_there_are_is_refused():
         compress.Depth(layers=4)(tiny_model(), calibration=tiny_tokens())
     with pytest.raises(StartError, match="drop names block 7; there are blocks 0 to 2"):
         compress.Depth(drop=[7])(tiny_model())
+
+
+@pytest.mark.parametrize("options", [{"bridge": True}, {"importance": "loss", "contiguous": True}])
+def test_blocks_on_disk_leave_the_same_model_with_one_or_two_of_them_in_memory(folder, tmp_path, options, unverified):
+    passes = [{"depth": {"layers": 2, **options}}]
+    for residency in ("memory", "disk"):
+        run(_values(folder, tmp_path / residency, passes=passes, residency=residency))
+    files = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("memory", "disk")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.allclose(files[0][name], files[1][name], atol=1e-5) for name in files[0])

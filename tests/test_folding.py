@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from compress.calibration import BlockCalibration
-from compress.data import windows_from
 from compress.folding import Fold, find_folds
+from compress.images import windows_given
 from compress.model import Block, ModelHandle
 from compress.stream import CalibrationStream
-from compress.testing import FAMILIES, outputs, tiny_model, tiny_tokens
+from compress.testing import FAMILIES, outputs, tiny_inputs, tiny_model, tiny_tokens
 
 LLAMA = {
     "self_attn.q_proj": "input_layernorm",
@@ -56,13 +56,31 @@ EXPECTED = {
     "gpt_oss": ATTENTION,
     "mixtral": ATTENTION,
     "bert": {"attention.output.dense": "attention.self.value"},
+    "roberta": {"attention.output.dense": "attention.self.value"},
+    "distilbert": {"attention.out_lin": "attention.v_lin"},
+    "modernbert": {"attn.Wqkv": "attn_norm", "attn.Wo": "attn.Wqkv", "mlp.Wi": "mlp_norm", "mlp.Wo": "mlp.Wi"},
+    "t5": {
+        "layer.0.SelfAttention.q": "layer.0.layer_norm",
+        "layer.0.SelfAttention.k": "layer.0.layer_norm",
+        "layer.0.SelfAttention.v": "layer.0.layer_norm",
+        "layer.0.SelfAttention.o": "layer.0.SelfAttention.v",
+        "layer.1.DenseReluDense.wi": "layer.1.layer_norm",
+        "layer.1.DenseReluDense.wo": "layer.1.DenseReluDense.wi",
+    },
+    "vit": {
+        "attention.q_proj": "layernorm_before",
+        "attention.k_proj": "layernorm_before",
+        "attention.v_proj": "layernorm_before",
+        "attention.o_proj": "attention.v_proj",
+        "mlp.fc1": "layernorm_after",
+    },
 }
 
 
 def view(model: nn.Module, index: int = 1) -> tuple[Block, BlockCalibration]:
     """A block of the model, and the calibration text as it enters it."""
     handle = ModelHandle.wrap(model)
-    windows = windows_from(tiny_tokens(4, 24), None)
+    windows = windows_given(tiny_inputs(model.config.model_type, 4, 24), model.config)
     stream = CalibrationStream(handle, windows)
     for block in handle.block_list()[:index]:
         stream.advance(block)
@@ -96,7 +114,8 @@ def test_what_can_be_folded_is_found_and_the_rest_is_refused_with_a_reason(famil
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folded_scale_leaves_the_model_the_same_and_changes_its_weights(family: str) -> None:
     model = tiny_model(family)
-    expected = outputs(model, tiny_tokens())
+    inputs = tiny_inputs(family)
+    expected = outputs(model, inputs)
     block, folds, _ = folds_of(model)
     done: set[tuple[str, ...]] = set()
     for seed, fold in enumerate(folds.values()):
@@ -105,7 +124,7 @@ def test_a_folded_scale_leaves_the_model_the_same_and_changes_its_weights(family
             fold.apply(block, scale_for(fold, seed))
             assert not torch.allclose(block.layers()[fold.stage[0]].weight, before)
             done.add(fold.stage)
-    torch.testing.assert_close(outputs(model, tiny_tokens()), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(outputs(model, inputs), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,9 +9,9 @@ import torch
 
 from compress import planning
 from compress.checkpoint import TensorSpec, checkpoint_bytes, write_checkpoint
-from compress.data import windows_from
 from compress.errors import StartError
 from compress.formats.folder import default_format, packed_export_note, write_model_folder
+from compress.images import windows_given
 from compress.opening import open_model
 from compress.passes.alps import ALPS
 from compress.passes.base import BlockPass, Context, LayerShape
@@ -25,7 +25,7 @@ from compress.passes.wanda import Wanda
 from compress.planning import Plan, available_memory, plan, refuse
 from compress.recipe import Recipe
 from compress.shapes import ModelShape
-from compress.testing import FAMILIES, tiny_model, tiny_tokens
+from compress.testing import FAMILIES, tiny_inputs, tiny_model
 from compress.workspace import Stage
 
 VARIANTS = {
@@ -36,7 +36,7 @@ VARIANTS = {
     "magnitude": Magnitude(sparsity=0.5),
     "smoothquant": SmoothQuant(),
     "fp8": FP8(),
-    "fp8, inputs too": FP8(activations="dynamic", targets=("*.self*", "*attn*", "*attention*")),
+    "fp8, inputs too": FP8(activations="dynamic", targets=("*.self*", "*attn*", "*[aA]ttention*")),
 }
 #: What no folder holds that plain transformers computes: a Conv1D with rounded inputs.
 REFUSED = [("gpt2", "smoothquant"), ("gpt2", "fp8, inputs too")]
@@ -74,7 +74,7 @@ def test_the_size_is_that_of_the_folder_that_is_written(family: str, variant: st
     predicted = plan(recipe(shelf / family, pass_))
     handle = open_model(shelf / family)
     stage = Stage(tmp_path / "stage")
-    text = windows_from(tiny_tokens(), None) if pass_.needs_calibration else None
+    text = windows_given(tiny_inputs(family), handle.config) if pass_.needs_calibration else None
     pass_.run(handle, Context(calibration=text, min_coverage=0.0, stage=stage))
     handle.record(pass_)
     contents = handle.contents()

@@ -311,7 +311,7 @@ def test_any_values_make_a_recipe_or_are_refused_with_a_recipe_error(values: dic
         (tiny(data={"calibration": {"sample": 3}}), 'data.calibration.sample: unknown key; allowed: source, samples, length, separator, sampling, pack, seed, skip_bad. Did you mean "samples"?'),
         (tiny(data={"calibration": {"samples": 0}}), "data.calibration.samples: 0 is not allowed; allowed: a whole number of 1 or more or null."),
         (tiny(data={"calibration": {"separator": "sep"}}), 'data.calibration.separator: "sep" is not allowed; allowed: bos, none.'),
-        ({"model": "a/b", "data": {"calibration": {"samples": 3}}}, "data.calibration.source: is missing. `builtin:<name>`, a local .txt or .jsonl file, or a Hugging Face dataset id."),
+        ({"model": "a/b", "data": {"calibration": {"samples": 3}}}, "data.calibration.source: is missing. `builtin:<name>`, a local .txt or .jsonl file, a Hugging Face dataset id; for calibration, a folder of images."),
         ({"passes": []}, "model: is missing. Hub id, local folder or `builtin:tiny`."),
         (tiny(model="builtin:tinny"), 'model: "builtin:tinny" does not exist; allowed: builtin:tiny. Did you mean "builtin:tiny"?'),
         (tiny(model=""), 'model: "" is not allowed; allowed: text.'),

@@ -21,7 +21,7 @@ def stand_in(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
+def labelled(tmp_path_factory):
     """A tiny encoder with two classes, and texts that a word of each decides."""
     folder = tmp_path_factory.mktemp("classifier")
     config = tiny_model("bert").config
@@ -41,11 +41,11 @@ def classifier(tmp_path_factory):
 WORDS = (["awful", "bad", "dull", "grim", "poor"], ["fine", "good", "joy", "nice", "sweet"])
 
 
-def test_the_classifiers_recipe_learns_the_classes_and_its_result_is_verified(classifier, tmp_path):
-    overrides = [f"data.training.source={classifier / 'texts.jsonl'}", "data.training.samples=96"]
+def test_the_classifiers_recipe_learns_the_classes_and_its_result_is_verified(labelled, tmp_path):
+    overrides = [f"data.training.source={labelled / 'texts.jsonl'}", "data.training.samples=96"]
     overrides += ["passes.lora.epochs=10", "passes.lora.learning_rate=1e-2"]
     path = next(path for path in RECIPES if path.stem == "classifier-lora")
-    recipe = Recipe.load(path, overrides, model=str(classifier), output=str(tmp_path / "run"))
+    recipe = Recipe.load(path, overrides, model=str(labelled), output=str(tmp_path / "run"))
     report = compress.run(recipe)
     said = report.stages[0].measurements["held_out"]
     assert said["after"]["accuracy"] == said["merged"]["accuracy"] >= 0.9
@@ -53,8 +53,17 @@ def test_the_classifiers_recipe_learns_the_classes_and_its_result_is_verified(cl
     assert report.verified.max_logit_difference < 1e-3
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = save_tiny(tmp_path_factory.mktemp("classifier"), "bert")
+    model = BertForSequenceClassification(tiny_model("bert").config)
+    model.bert.load_state_dict(tiny_model("bert").state_dict())
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != "classifier-lora"], ids=lambda path: path.stem)
-def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, tmp_path):
+def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, classifier, tmp_path):
     asked = Recipe.load(path)
     overrides = ["data.calibration.samples=4", "data.calibration.length=32", "benchmark=false"]
     for role in ("calibration", "training", "evaluation"):
@@ -63,8 +72,10 @@ def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, tmp_path):
     for name in ("quantize", "lora"):
         if f"- {name}:" in path.read_text():
             overrides.append(f"passes.{name}.tokens=512")
-    recipe = Recipe.load(path, overrides, model=str(stand_in), output=str(tmp_path / "run"))
+    model = classifier if "classifier" in path.stem else stand_in
+    recipe = Recipe.load(path, overrides, model=str(model), output=str(tmp_path / "run"))
     report = compress.run(recipe)
     assert report.verified.reloaded
     assert [stage.pass_ for stage in report.stages] == [step.name for step in recipe.passes]
-    assert all(stage.coverage > 0.9 for stage in report.stages)
+    least = [0 if step.structural else 0.9 for step in recipe.passes]  # what is removed is as much as was asked for
+    assert all(stage.coverage > share for stage, share in zip(report.stages, least, strict=True))

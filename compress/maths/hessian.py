@@ -78,15 +78,15 @@ class Hessian:
 
 
 class CrossMoment:
-    """Running mean of `2 y x^T` over tokens, in float32, `[columns, columns]`; not symmetric."""
+    """Running mean of `2 y x^T` over tokens, in float32, `[rows, columns]` (as many rows as columns, if not said)."""
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu"):
+    def __init__(self, columns: int, device: torch.device | str = "cpu", rows: int | None = None):
         self.count = 0
         #: Zeros before the first token.
-        self.matrix = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.matrix = torch.zeros(rows or columns, columns, dtype=torch.float32, device=device)
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """Take in two inputs of the same tokens: `[tokens, columns]`, any float dtype."""
+        """Take in what belongs to the same tokens: `[tokens, rows]` and `[tokens, columns]`, any float dtype."""
         total = self.count + len(x)
         if total == self.count:
             return

@@ -2,9 +2,10 @@
 
 Run by path (`python -P plain_check.py JOB.json`), never as a part of the package: it shows that somebody who does not
 have this package can use the folder. JOB.json: {"model": folder, "ids": safetensors file with `ids` [n, length] int64,
-"out": safetensors file to write `output` to, "auto": transformers' class to load with, "adapter": the folder of an
-adapter that plain peft puts beside the model, or null, "dtype", "device", "threads"}. `output` is float32: the logits
-[n, length, vocabulary] (of a classifier [n, classes]), or an encoder's last hidden state [n, length, hidden].
+or pixels, "out": safetensors file to write `output` to, "class": that of transformers which loads it, "adapter": the
+folder of an adapter that plain peft puts beside the model, or null, "dtype", "device", "threads"}. `output` is float32:
+the logits [n, length, vocabulary] (of a classifier [n, classes]), or an encoder's last hidden state [n, length,
+hidden]. The decoder of an encoder-decoder is given the same text, one place later.
 """
 
 import json
@@ -22,19 +23,23 @@ def main(job_file: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
-    auto = getattr(transformers, job["auto"])
-    model = auto.from_pretrained(job["model"], dtype=job["dtype"], trust_remote_code=False, use_safetensors=True)
+    cls = getattr(transformers, job["class"])
+    model = cls.from_pretrained(job["model"], dtype=job["dtype"], trust_remote_code=False, use_safetensors=True)
     if job["adapter"] is not None:
         from peft import PeftModel
 
         model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # layers of several grids have a weight only after that
-        model = PeftModel.from_pretrained(model, job["adapter"])
+        model = PeftModel.from_pretrained(model, job["adapter"]).get_base_model()
     model.to(job["device"]).eval()
     ids = load_file(job["ids"])["ids"].to(job["device"])
     rows = []
     with torch.inference_mode():
         for row in ids.split(1):
-            result = model(input_ids=row)
+            inputs = {model.main_input_name: row}
+            if model.config.is_encoder_decoder:
+                start = getattr(model.config, "decoder_start_token_id", None) or model.config.pad_token_id or 0
+                inputs["decoder_input_ids"] = torch.cat([torch.full_like(row[:, :1], start), row[:, :-1]], dim=1)
+            result = model(**inputs)
             rows.append((result.logits if hasattr(result, "logits") else result.last_hidden_state).float().cpu())
     if "compress" in sys.modules:
         raise SystemExit("The package compress was imported, so this load proves nothing about plain transformers.")

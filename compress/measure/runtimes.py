@@ -87,12 +87,15 @@ def is_causal(config: dict[str, Any]) -> bool:
     return config.get("model_type") in NAMES
 
 
-def auto_class(config: dict[str, Any]) -> str:
-    """The name of transformers' class that loads a model of this config with its head."""
-    if is_causal(config):
-        return "AutoModelForCausalLM"
-    names = config.get("architectures") or [""]
-    return "AutoModelForSequenceClassification" if names[0].endswith("ForSequenceClassification") else "AutoModel"
+def plain_class(config: dict[str, Any]) -> str:
+    """The name of the class of transformers that loads a model of this config: the one its config names, as far as
+    transformers has it, or else an auto class."""
+    import transformers
+
+    architectures = config.get("architectures") or []
+    if architectures and hasattr(transformers, architectures[0]):
+        return str(architectures[0])
+    return "AutoModelForCausalLM" if is_causal(config) else "AutoModel"
 
 
 def load_plain(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any:
@@ -106,7 +109,7 @@ def load_plain(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
 
     from compress.locating import adapter_beside
 
-    auto = getattr(transformers, auto_class(read_config(folder)))
+    auto = getattr(transformers, plain_class(read_config(folder)))
     adapter = adapter_beside(folder)
     with quiet():
         try:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from compress.images import patches_of, reads_images
+from compress.inputs import forward_inputs
 from compress.locating import context_length
 from compress.measure.measurements import SpeedSettings
 
@@ -64,10 +66,11 @@ def _round(model: Any, prompt: Tensor, settings: SpeedSettings) -> dict[str, flo
     device = next(model.parameters()).device
     long = prompt[None, : settings.prompt].to(device)
     short = prompt[None, : settings.decode_prompt].to(device)
+    given = forward_inputs(model, long)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     if not model.can_generate():
-        return {PREFILL: long.shape[1] / _seconds(lambda: model(input_ids=long), device)}
-    seconds = _seconds(lambda: model(input_ids=long, use_cache=True, **keep), device)
+        return {PREFILL: _tokens(model, long) / _seconds(lambda: model(**given), device)}
+    seconds = _seconds(lambda: model(**given, use_cache=True, **keep), device)
     first = _seconds(lambda: generate(model, long, 1), device)
     clock, joules = TokenClock(), EnergyCounter.find()
     before = joules.read() if joules else []
@@ -78,6 +81,11 @@ def _round(model: Any, prompt: Tensor, settings: SpeedSettings) -> dict[str, flo
     if joules:
         found[ENERGY] = joules.since(before) / settings.new_tokens
     return found
+
+
+def _tokens(model: Any, prompt: Tensor) -> int:
+    """What a forward reads: the prompt, or the patches of one image."""
+    return patches_of(model.config) if reads_images(model.config) else prompt.shape[1]
 
 
 def generate(

@@ -53,6 +53,7 @@ def quality(job: Job) -> Result:
     from compress.allocator import settle_allocator
     from compress.measure.likelihood import window_scores
     from compress.measure.runtimes import load_plain
+    from compress.measure.vocabularies import Pairing, paired_scores
 
     settle_allocator()
     folder = Path(job["model"])
@@ -64,8 +65,15 @@ def quality(job: Job) -> Result:
         reference = None
         if job.get("reference"):
             reference = load_plain(Path(job["reference"]), dtype=job["reference_dtype"], device=job["device"])
-        scores = window_scores(model, inputs["windows"], reference=reference, mask=inputs.get("mask"))
-        records = {key: value for key, value in vars(scores).items() if value is not None}
+        if "token_of" in inputs:
+            pairing = Pairing(inputs["new_windows"], inputs["token_of"], inputs["shared"], 0)
+            scores, mass = paired_scores(
+                model, inputs["windows"], pairing, reference=reference, mask=inputs.get("mask")
+            )
+            records = {"mass": mass} if reference is not None else {}
+        else:
+            scores = window_scores(model, inputs["windows"], reference=reference, mask=inputs.get("mask"))
+        records |= {key: value for key, value in vars(scores).items() if value is not None}
         del reference
     if job.get("items") or job.get("prompts"):
         values |= _answers(job, folder, model)
@@ -149,6 +157,7 @@ def memory(job: Job) -> Result:
     from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401  (for the baseline)
 
     import compress.loading  # noqa: F401  (what it imports belongs to the baseline, too)
+    from compress.inputs import forward_inputs
     from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
     from compress.measure.runtimes import Transformers, is_causal, read_config
     from compress.measure.speed import generate
@@ -164,7 +173,7 @@ def memory(job: Job) -> Result:
         if loaded.model.can_generate():
             generate(loaded.model, ids, job["new_tokens"])
         else:
-            loaded.model(input_ids=ids)
+            loaded.model(**forward_inputs(loaded.model, ids))
     peak = peak_resident_bytes()
     values = {
         "runtime": loaded.runtime,

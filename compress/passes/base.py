@@ -7,8 +7,8 @@ comes in as arguments; it keeps no state between calls.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -49,6 +49,10 @@ class Context:
     seed: int = 0
     stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
+    #: The model's tokenizer as it stands, and the documents of a source (None: of the calibration and training text),
+    #: for passes that need them (`Pass.needs_documents`).
+    tokenizer: PreTrainedTokenizerBase | None = None
+    texts: Callable[[str | None], Iterator[str]] | None = None
     min_coverage: float = 0.5
     tokens_per_batch: int = 2048
 
@@ -58,13 +62,17 @@ class PassResult:
     """The model as the pass left it (the same object, changed in place), and what happened to it.
 
     `blocks` has one entry a block (name, relative error, what the pass says of each layer); `coverage` is the share
-    of all weights of matrices inside the blocks that the pass changed; `measurements` is the pass's own account.
+    of all weights of matrices inside the blocks that the pass changed; `measurements` is the pass's own account. A pass
+    that removes tokens gives the new `tokenizer` (None if it was given none), and in `kept_tokens` the old id of each
+    new one.
     """
 
     model: Any
     blocks: list[dict[str, Any]]
     coverage: float
     measurements: dict[str, Any] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    kept_tokens: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,11 @@ class Pass(BaseModel):
     #: Whether it leaves a model of another shape, with another config, which its stage then keeps as well.
     structural: ClassVar[bool] = False
 
+    #: Whether it reads whole documents with the tokenizer, not only windows of tokens.
+    needs_documents: ClassVar[bool] = False
+    #: Options that name a text, as `source` of a data entry does.
+    sources: ClassVar[tuple[str, ...]] = ()
+
     #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
     changes_weights: ClassVar[bool] = True
 
@@ -115,6 +128,9 @@ class Pass(BaseModel):
     def refuses(self, model: PreTrainedModel) -> str | None:
         """One sentence on why this pass cannot work on such a model, or None. It may be without weights."""
         return None
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """StartError where the pass cannot work with this tokenizer (None: the model has none)."""
 
     def options(self) -> dict[str, Any]:
         """The options as they stand in a recipe, defaults filled in."""
@@ -167,7 +183,10 @@ class Pass(BaseModel):
         (`prompt` and `completion`, `messages`, `text` and `label`). `original`: the model, or the folder of the model,
         that such a pass learns from.
         """
-        from compress.data import windows_from
+        from torch import Tensor as Ids
+
+        from compress.data import read_texts
+        from compress.images import windows_given
         from compress.locating import classes_of
         from compress.model import ModelHandle
 
@@ -175,17 +194,32 @@ class Pass(BaseModel):
         refuse_states(self, handle.states)
         refuse_model(self, model)
 
+        if isinstance(calibration, str):
+            calibration = [calibration]
+        read = self.needs_documents and not isinstance(calibration, Ids)
+        if read and calibration is not None:
+            calibration = list(calibration)
+        if read and tokenizer is None:
+            raise StartError(f"{self.name} counts tokens in texts: pass tokenizer=..., or token ids [samples, length].")
+
+        def documents(source: str | None) -> Iterator[str]:
+            if source is None and calibration is None:
+                raise StartError(f"{self.name} needs calibration text: pass calibration=[...] (texts or token ids).")
+            return iter(calibration or ()) if source is None else read_texts(source, tokenizer)
+
         def cut(text: Iterable[Any] | torch.Tensor | None, what: Literal["calibration", "training"]) -> Windows:
             if text is None:
                 raise StartError(f"{self.name} needs {what} text: pass {what}=[...] (texts or token ids).")
-            return windows_from(
-                text, tokenizer, samples=samples if what == "calibration" else None, length=length, seed=seed,
-                context=handle.context_length, role=what,
+            return windows_given(
+                text, model.config, tokenizer, samples=samples if what == "calibration" else None, length=length,
+                seed=seed, context=handle.context_length, role=what,
                 labels=classes_of(model.config) if what == "training" else None,
             )  # fmt: skip
 
         context = Context(
-            calibration=cut(calibration, "calibration") if self.takes_calibration else None,
+            calibration=cut(calibration, "calibration") if self.takes_calibration and not read else None,
+            tokenizer=tokenizer,
+            texts=documents if read else None,
             training=cut(training, "training") if self.needs_training else None,
             original=_opener(original, handle) if original is not None else None,
             seed=seed,
@@ -196,7 +230,7 @@ class Pass(BaseModel):
         handle.record(self)
         if handle.adapter is not None:
             handle.adapter.attach(model)
-        return PassResult(model, result.blocks, result.coverage, result.measurements)
+        return replace(result, model=model)
 
 
 def _opener(original: PreTrainedModel | str | Path, like: ModelHandle) -> Callable[[], PreTrainedModel]:
@@ -218,9 +252,16 @@ def refuse_states(pass_: Pass, states: Iterable[str]) -> None:
             raise StartError(f"{pass_.name} takes {allowed} weights, and this model's are {state}.")
 
 
+def reason_against(pass_: Pass, model: PreTrainedModel) -> str | None:
+    """One sentence on why the pass cannot work on such a model, or None: its own reason, or that of all that train."""
+    if pass_.needs_training and (model.config.is_encoder_decoder or model.main_input_name != "input_ids"):
+        return f"{type(model).__name__} is not trained here: training text goes into models that read one text."
+    return pass_.refuses(model)
+
+
 def refuse_model(pass_: Pass, model: PreTrainedModel) -> None:
     """Raises where the pass cannot work on this kind of model."""
-    reason = pass_.refuses(model)
+    reason = reason_against(pass_, model)
     if reason:
         raise StartError(f"{pass_.name}: {reason}")
 

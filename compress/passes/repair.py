@@ -96,7 +96,7 @@ class Repair(Pass):
             found.update(factors)
             _correct(block, factors)
 
-        records = over_blocks(self.name, model, context, change, stream, restored)
+        records = over_blocks(self.name, model, context, change, stream, restored=restored)
         config = config_for(ranks, model, None)
         config.lora_alpha = config.r  # the factors are the correction itself: its scaling is 1
         config.alpha_pattern = dict(config.rank_pattern)

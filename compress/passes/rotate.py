@@ -35,6 +35,8 @@ from compress.stream import CalibrationStream
 from compress.walk import over_blocks
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from compress.model import ModelHandle
     from compress.shapes import ModelShape
 
@@ -105,6 +107,11 @@ class Rotate(Pass):
         if not (self.residual or self.values):
             raise ValueError("residual and values are both false, so that nothing is rotated: leave the pass out")
         return self
+
+    def refuses(self, model: PreTrainedModel) -> str | None:
+        if model.main_input_name != "input_ids":
+            return f"{type(model).__name__} reads no tokens, and what is rotated is tried on tokens."
+        return None
 
     def reshape(self, model: ModelHandle) -> None:
         """Unties the head. StartError for what shapes alone forbid."""

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from compress.costs import Text
     from compress.model import Block, ModelHandle
+    from compress.shapes import ModelShape
 
 
 class StructuralPass(Pass):
@@ -25,6 +27,9 @@ class StructuralPass(Pass):
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     leaves: ClassVar[str] = "dense"
     structural: ClassVar[bool] = True
+    #: Whether the blocks that are left are copies, beside those of a file that is mapped into memory; such a pass says
+    #: what its text takes (`text_bytes`).
+    copies_blocks: ClassVar[bool] = False
     changes_outside: ClassVar[bool] = True
 
     @abstractmethod
@@ -39,7 +44,16 @@ class StructuralPass(Pass):
         take_shape(model, self.smaller_config(model.model))
 
     def extra_bytes(self, shape: Any) -> int | None:
-        """Nothing beside the model, unless the pass says otherwise."""
+        """`shape`: as the pass finds the model. Nothing beside the model, unless the pass says otherwise."""
+        return 0
+
+    def plan_note(self, model: PreTrainedModel) -> str:
+        """What the plan says of the pass, for a model as the pass finds it."""
+        return ""
+
+    def text_bytes(self, shape: ModelShape, text: Text) -> int:
+        """Peak of what it holds beside the model and, if blocks stay on disk, the block at hand, because of the
+        calibration text. `shape` is as the pass finds it."""
         return 0
 
 
@@ -60,23 +74,23 @@ def keep_smaller(
     from compress.reshaping import empty_model, take_shape
 
     stage = context.stage
-    stack = find_stacks(empty_model(model.model, config))[0]
+    stacks = find_stacks(empty_model(model.model, config))
+    places = [Block(stack, index) for stack in stacks for index in range(len(stack))]
     states, records = [], []
-    for index, (block, record) in enumerate(blocks):
+    for place, (block, record) in zip(places, blocks, strict=True):
         tensors = block.state()
         if stage is not None:
-            place = Block(stack, index)
             place.restore(tensors, {})
             stage.keep(place, record)
         if model.resident:
             states.append(tensors)
-        stack.modules[index].to("meta")
+        place.module.to("meta")
         records.append(record)
     if stage is not None:
         stage.keep_config(config)
         if outside:
             stage.keep_outside(outside)
     take_shape(model, config, outside)
-    for block, tensors in zip(model.block_list(), states, strict=False):
+    for block, tensors in zip(model.block_list(), states, strict=model.resident):
         block.restore(tensors, {})
     return records
