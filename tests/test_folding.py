@@ -55,6 +55,7 @@ EXPECTED = {
     },
     "gpt_oss": ATTENTION,
     "mixtral": ATTENTION,
+    "qwen3_moe": ATTENTION,
     "bert": {"attention.output.dense": "attention.self.value"},
     "roberta": {"attention.output.dense": "attention.self.value"},
     "distilbert": {"attention.out_lin": "attention.v_lin"},

@@ -36,7 +36,8 @@ def pruned(weight: Tensor, keep: Tensor, scores: Tensor) -> tuple[Tensor, dict[s
 
 
 def share_of_zeros(weight: Tensor) -> float:
-    return 1.0 - int(weight.count_nonzero()) / int(weight.numel())
+    share: float = 1.0 - int(weight.count_nonzero()) / weight.numel()
+    return share
 
 
 class PruningPass(BlockPass):

@@ -27,8 +27,7 @@ class StructuralPass(Pass):
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     leaves: ClassVar[str] = "dense"
     structural: ClassVar[bool] = True
-    #: Whether the blocks that are left are copies, beside those of a file that is mapped into memory; such a pass says
-    #: what its text takes (`text_bytes`).
+    #: Whether the blocks that are left are copies, beside those of a file that is mapped into memory.
     copies_blocks: ClassVar[bool] = False
     changes_outside: ClassVar[bool] = True
 
