@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from compress.passes.hqq import HQQ as HQQ
     from compress.passes.kv_cache import KVCache as KVCache
     from compress.passes.llm_qat import LLMQAT as LLMQAT
+    from compress.passes.lora import LoRA as LoRA
     from compress.passes.magnitude import Magnitude as Magnitude
     from compress.passes.quantize import Quantize as Quantize
+    from compress.passes.repair import Repair as Repair
     from compress.passes.rotate import Rotate as Rotate
     from compress.passes.rtn import RTN as RTN
     from compress.passes.smoothquant import SmoothQuant as SmoothQuant
@@ -59,10 +61,12 @@ _PUBLIC = {
     "HQQ": "compress.passes.hqq",
     "KVCache": "compress.passes.kv_cache",
     "LLMQAT": "compress.passes.llm_qat",
+    "LoRA": "compress.passes.lora",
     "Magnitude": "compress.passes.magnitude",
     "Quantize": "compress.passes.quantize",
     "RTN": "compress.passes.rtn",
     "Recipe": "compress.recipe",
+    "Repair": "compress.passes.repair",
     "Report": "compress.reports.report",
     "Rotate": "compress.passes.rotate",
     "SmoothQuant": "compress.passes.smoothquant",

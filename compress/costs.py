@@ -73,12 +73,12 @@ def model(shape: ModelShape, holding: Holding, used_outside: bool) -> Parts:
     return {"model": shape.dense_bytes - unused}
 
 
-def whole_pass(shape: ModelShape, holding: Holding, extra: int | None) -> Parts:
+def whole_pass(shape: ModelShape, holding: Holding, extra: Parts) -> Parts:
     """A pass that is no `BlockPass`, `shape` being as it leaves the model; `extra` is what it says it takes besides."""
     parts = model(shape, holding, used_outside=True)
     if not holding.resident:
         parts["block"] = shape.largest_block()
-    return parts | {"pass": extra or 0}
+    return parts | extra
 
 
 def structural_pass(pass_: StructuralPass, shape: ModelShape, holding: Holding, text: Text | None) -> Parts:

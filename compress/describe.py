@@ -21,7 +21,9 @@ def describe_pass(name: str) -> str:
     cls = PASSES.get(name)
     takes = " or ".join(state for state in STATES if state in cls.accepts)
     text = "needs calibration text" if cls.needs_calibration else "needs no text"
-    lines = [f"{name}: {_summary(name)}", f"Takes {takes} weights, leaves {cls.leaves} ones; {text}.", ""]
+    left = cls.leaves if isinstance(cls.leaves, str) else cls().leaves  # of some it depends on the options
+    leaves = "an adapter beside them" if left == "adapter" else f"{left} ones"
+    lines = [f"{name}: {_summary(name)}", f"Takes {takes} weights, leaves {leaves}; {text}.", ""]
     for option in pass_options(name):
         lines += [f"  {option.name} (default {option.default}): {option.allowed}", f"      {option.description}"]
     return "\n".join(lines)

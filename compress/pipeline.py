@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,18 @@ from compress.model import ModelHandle
 from compress.opening import check_weights, open_model
 from compress.passes.base import Context, Pass, PassResult
 from compress.preparation import Prepared, prepare, recipe_texts, retokenised
+from compress.processes import meet, process_count, process_rank, wait_for
 from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.reports.card import model_card
 from compress.reports.report import Report, Stage, Verified
 from compress.reshaping import take_shape
 from compress.stream import stream_outputs
+from compress.workspace import FOLDER, Guest, Workspace
 from compress.workspace import Stage as StageFiles
-from compress.workspace import Workspace
+
+#: Before the word of a start: the file that tells the other processes that a pass has begun to train.
+STARTED = "started."
 
 #: What a report of a pruned model has to say, while no format here leaves zeros out and no kernel passes over them.
 ZEROS_NOTE = (
@@ -54,8 +60,11 @@ def run(
     if not fresh and (ready.output / "report.json").exists():
         progress.note(f"{ready.output} is finished already; give --fresh to do it again.")
         return Report.read(ready.output)
+    if process_rank():
+        return take_part(recipe, ready)
     check_weights(ready.folder)
     with Workspace.open(ready.output, recipe, ready.fingerprints, fresh) as work:
+        work.start = meet(ready.device) if process_count() > 1 else ""
         scratch = work.hidden / "measure"
         original = None
         if ready.job is not None:
@@ -102,6 +111,7 @@ def _compress(
     stages = []
     latest = None  # the stage that holds the blocks as they now are
     for index, pass_ in enumerate(recipe.passes):
+        pass_ = pass_.model_copy(update=ready.plan.options_of(index))
         stages.append(_apply(pass_, index, model, ready, recipe, work, bare, progress))
         ready = _after(work.stage(index, pass_.name), model, ready, recipe)
         if pass_.changes_weights:
@@ -113,7 +123,8 @@ def _compress(
         step.advance("written")
         # A text at a time, as the reloading process runs them: rounded inputs turn the last bit of a sum into a step,
         # and LLM.int8 rounds by all the tokens that come together.
-        expected = stream_outputs(model, ready.probe, tokens_per_batch=1)
+        with model.adapter.attached(model.model) if model.adapter is not None else nullcontext():
+            expected = stream_outputs(model, ready.probe, tokens_per_batch=1)
         dtype = model.dtype
         del model
         gc.collect()
@@ -154,27 +165,84 @@ def _apply(
         if kept is not None:
             renumber_generation(model.model, kept)
         result = stage.result()
+        if pass_.changes_weights:
+            model.adapter = _kept_adapter(stage) if pass_.leaves == "adapter" else None
     else:
         forget_peak()
         started = time.monotonic()
-        context = Context(
-            calibration=ready.calibration if pass_.takes_calibration else None,
-            training=ready.training if pass_.needs_training else None,
-            original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
-            seed=recipe.seed,
-            stage=stage,
-            progress=progress,
-            tokenizer=ready.tokenizer,
-            texts=partial(recipe_texts, recipe, ready.tokenizer, model.context_length),
-            min_coverage=recipe.min_coverage,
-        )
+        if work.start and pass_.needs_training:
+            (stage.folder / f"{STARTED}{work.start}").touch()
+        context = _context(pass_, model, ready, recipe, stage, progress)
         done = pass_.run(model, context)
         result = _record(pass_, done, time.monotonic() - started, peak_resident_bytes() - bare, ready, index)
         stage.finish(result)
     if pass_.changes_weights:
         model.latest = stage
     model.record(pass_)
+    if model.adapter is None:
+        model.states.discard("adapter")
     return Stage(**result)
+
+
+def _kept_adapter(stage: Any) -> Any:
+    from compress.adapters import Adapter
+
+    return Adapter.read(stage.folder / "adapter")
+
+
+def take_part(recipe: Recipe, ready: Prepared) -> Report:
+    """What a process does that is not the first: it trains along, and writes nothing."""
+    start = meet(ready.device)
+    model = open_model(ready.folder, dtype=recipe.dtype, device=ready.device, residency=recipe.residency)
+    stages = [
+        Guest(ready.output / FOLDER / "stages" / f"{index:02d}-{pass_.name}")
+        for index, pass_ in enumerate(recipe.passes)
+    ]
+    for index, pass_ in enumerate(recipe.passes):
+        pass_ = pass_.model_copy(update=ready.plan.options_of(index))
+        begun = stages[index].folder / f"{STARTED}{start}"
+        if pass_.needs_training and wait_for(begun, stages[index].folder / "complete.json") == begun:
+            _restore(model, list(zip(recipe.passes, stages, strict=True))[:index])
+            now = ready
+            for stage in stages[:index]:
+                now = _after(stage, model, now, recipe)
+            pass_.run(model, _context(pass_, model, now, recipe, stages[index], Progress()))
+    return Report(name=recipe.name)
+
+
+def _restore(model: ModelHandle, done: list[tuple[Pass, Guest]]) -> None:
+    """The model as these passes, all of them complete, have left it."""
+    model.history, model.states, model.adapter = [], {"dense"}, None
+    changing = [stage for pass_, stage in done if pass_.changes_weights]
+    for pass_, stage in done:
+        config = stage.read_config(model.config)
+        if config is not None:
+            take_shape(model, config)
+        outside = stage.read_outside(model.device)
+        if outside is not None:
+            model.restore_outside(*outside)
+        if pass_.changes_weights:
+            model.adapter = _kept_adapter(stage) if pass_.leaves == "adapter" else None
+        model.record(pass_)
+    for block in model.blocks() if changing else ():
+        block.restore(*changing[-1].read(block, model.device))
+
+
+def _context(
+    pass_: Pass, model: ModelHandle, ready: Prepared, recipe: Recipe, stage: Any, progress: Progress
+) -> Context:
+    return Context(
+        # a pass that trains may round anew what it merged: on this text, if there is any
+        calibration=ready.calibration if pass_.takes_calibration or pass_.needs_training else None,
+        training=ready.training if pass_.needs_training else None,
+        original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
+        seed=recipe.seed,
+        stage=stage,
+        progress=progress,
+        tokenizer=ready.tokenizer,
+        texts=partial(recipe_texts, recipe, ready.tokenizer, model.context_length),
+        min_coverage=recipe.min_coverage,
+    )
 
 
 def _after(stage: StageFiles, model: ModelHandle, ready: Prepared, recipe: Recipe) -> Prepared:
@@ -208,7 +276,11 @@ def _record(pass_: Pass, done: PassResult, seconds: float, peak: int, ready: Pre
 
 
 def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[Stage]) -> list[str]:
-    """Writes `model/` and `exports/<format>/`; the notes are sentences for the report."""
+    """Writes `model/`, `adapter/` where there is one, and `exports/<format>/`; the notes are sentences for the
+    report."""
+    shutil.rmtree(ready.output / "adapter", ignore_errors=True)
+    if model.adapter is not None:
+        model.adapter.save(ready.output / "adapter")
     contents = model.contents(ready.tokenizer, card=model_card(recipe, stages))
     write_model_folder(ready.output / "model", contents)
     formats = list(recipe.export)
@@ -218,14 +290,20 @@ def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[St
     for name in formats:
         if name != default_format(contents):
             write_model_folder(ready.output / "exports" / name, contents, name)
-    return [said for said in (note, ZEROS_NOTE if "sparse" in model.states else None) if said]
+    notes = [said for said in (note, ZEROS_NOTE if "sparse" in model.states else None) if said]
+    if model.adapter is not None:
+        notes.append(
+            "adapter/ stands beside model/, which is its base: the figures, and the check of what was written, are of "
+            "the two together, as plain peft loads them. exports/ hold the base alone."
+        )
+    return notes
 
 
 def _report(recipe: Recipe, ready: Prepared, stages: list[Stage], verified: Verified, notes: list[str]) -> Report:
     threads = torch.get_num_threads()
     texts = {"calibration": ready.calibration, "training": ready.training, "evaluation": ready.evaluation}
     data = {
-        role: {"source": w.source, "fingerprint": w.fingerprint, "windows": len(w.tokens), "length": w.length}
+        role: {"source": w.source, "fingerprint": w.fingerprint, "windows": len(w), "length": w.length, **w.counts}
         for role, w in texts.items()
         if w is not None
     }

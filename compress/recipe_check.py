@@ -259,6 +259,8 @@ def check_order(passes: Iterable[Pass], states: Iterable[str] = ()) -> list[tupl
             refused.append((index, f"cannot come here: it takes {_weights(step.accepts)}, and the model's are dense."))
         elif step.leaves not in ("dense", "same"):
             present.setdefault(step.leaves, index)
+        elif step.changes_weights:
+            present.pop("adapter", None)  # a pass that takes an adapter and leaves none has merged it
     return refused
 
 

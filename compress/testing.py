@@ -160,6 +160,8 @@ def small_options(cls: type[Pass]) -> dict[str, Any]:
     """Options with which a pass fits `tiny_model`, where its defaults do not (a group of 128 in 32 columns)."""
     if cls.name == "bnb":
         return {"format": "int8"}
+    if cls.name == "lora":
+        return {"learn_from": "original", "init_lora_weights": "pissa", "r": 4, "tokens": 512}
     if cls.name == "depth":
         return {"layers": 2}
     if cls.name == "width":

@@ -41,12 +41,14 @@ def over_blocks(
     change: Callable[[Block], dict[str, Any]],
     stream: CalibrationStream | None = None,
     reshape: Callable[[Block], None] | None = None,
+    restored: Callable[[Block], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Calls `change` on every block in order and returns what it returned; `name` is what the progress shows.
 
     A block that `context.stage` already holds is taken from there, so that a killed run continues where it was. Where
     `change` leaves blocks of another shape, `reshape` gives such a block that shape first. `stream` is pushed through
-    the blocks taken from there; `change` itself pushes it through those it changes.
+    the blocks taken from there, after `restored` was called on them; `change` itself pushes it through those it
+    changes.
     """
     records: list[dict[str, Any]] = []
     with context.progress.step(name, total=len(model.block_list())) as step:
@@ -59,6 +61,8 @@ def over_blocks(
                 if reshape is not None:
                     reshape(block)
                 block.restore(*context.stage.read(block, model.device))
+                if restored is not None:
+                    restored(block)
                 if stream is not None:
                     stream.advance(block)
                 record = kept

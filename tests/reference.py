@@ -769,6 +769,20 @@ def fisher_diagonal(model, weight, tokens):
     return total / len(tokens) / (tokens.shape[1] - 1)
 
 
+def eora(error: np.ndarray, inputs: np.ndarray, r: int) -> np.ndarray:
+    """The correction of EoRA (arXiv 2410.21271, section 3.2), float64: `error` [out, in] is projected into the
+    eigenspace of the inputs' [tokens, in] second moment, approximated there by its first `r` singular values, and
+    projected back."""
+    values, vectors = np.linalg.eigh(inputs.T @ inputs)
+    values = np.clip(values, 0, None)
+    keep = values > 1e-12 * values.max()
+    projection = vectors[:, keep] * np.sqrt(values[keep])  # [in, kept]: Q sqrt(Lambda)
+    left, singular, right = np.linalg.svd(error @ projection, full_matrices=False)
+    nearest = (left[:, :r] * singular[:r]) @ right[:r]
+    back = (vectors[:, keep] / np.sqrt(values[keep])).T  # its inverse on what was kept
+    return nearest @ back
+
+
 def ridge(x, target, near, damping):
     """The `W` `[out, in]` with the least `sum |t - W x|^2 / n + l |W - near|^2`; `l` is `damping` times the mean over
     columns that are not always zero of their mean square: one least-squares problem with a row more for each column

@@ -2,9 +2,10 @@
 
 Run by path (`python -P plain_check.py JOB.json`), never as a part of the package: it shows that somebody who does not
 have this package can use the folder. JOB.json: {"model": folder, "ids": safetensors file with `ids` [n, length] int64,
-or pixels, "out": safetensors file to write `output` to, "class": that of transformers which loads it, "dtype",
-"device", "threads"}. `output` is float32: the logits [n, length, vocabulary], or an encoder's last hidden state
-[n, length, hidden]. The decoder of an encoder-decoder is given the same text, one place later.
+or pixels, "out": safetensors file to write `output` to, "class": that of transformers which loads it, "adapter": the
+folder of an adapter that plain peft puts beside the model, or null, "dtype", "device", "threads"}. `output` is float32:
+the logits [n, length, vocabulary] (of a classifier [n, classes]), or an encoder's last hidden state [n, length,
+hidden]. The decoder of an encoder-decoder is given the same text, one place later.
 """
 
 import json
@@ -24,6 +25,11 @@ def main(job_file: str) -> None:
     torch.set_num_threads(job["threads"])
     cls = getattr(transformers, job["class"])
     model = cls.from_pretrained(job["model"], dtype=job["dtype"], trust_remote_code=False, use_safetensors=True)
+    if job["adapter"] is not None:
+        from peft import PeftModel
+
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # layers of several grids have a weight only after that
+        model = PeftModel.from_pretrained(model, job["adapter"]).get_base_model()
     model.to(job["device"]).eval()
     ids = load_file(job["ids"])["ids"].to(job["device"])
     rows = []

@@ -99,17 +99,27 @@ def plain_class(config: dict[str, Any]) -> str:
 
 
 def load_plain(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The model by transformers alone, as any user would load it, in evaluation mode.
+    """The model by transformers alone (with peft, where an adapter stands beside it), as any user would load it, in
+    evaluation mode.
 
     Errors: CompressError in one sentence when transformers cannot load it. Nothing remote is trusted, and pickled
     weights are not read.
     """
     import transformers
 
+    from compress.locating import adapter_beside
+
     auto = getattr(transformers, plain_class(read_config(folder)))
+    adapter = adapter_beside(folder)
     with quiet():
         try:
             model = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+            if adapter is not None:
+                import torch
+                from peft import PeftModel
+
+                model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # packed layers may have a weight only after that
+                model = PeftModel.from_pretrained(model, adapter).get_base_model()
         except Exception as error:
             raise CompressError(f"transformers cannot load {folder}: {first_line(error)}") from error
     return model.to(device).eval()
