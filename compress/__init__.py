@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.passes.autoround import AutoRound as AutoRound
     from compress.passes.awq import AWQ as AWQ
     from compress.passes.bnb import Bnb as Bnb
+    from compress.passes.distill import Distill as Distill
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
     from compress.passes.fp8 import FP8 as FP8
     from compress.passes.gptq import GPTQ as GPTQ
@@ -44,6 +45,7 @@ _PUBLIC = {
     "AutoRound": "compress.passes.autoround",
     "Bnb": "compress.passes.bnb",
     "CompressError": "compress.errors",
+    "Distill": "compress.passes.distill",
     "EfficientQAT": "compress.passes.efficientqat",
     "FP8": "compress.passes.fp8",
     "GPTQ": "compress.passes.gptq",

@@ -42,7 +42,8 @@ class Windows:
 
     `tokens`: int64 [n, length]; `mask`: bool [n, length], false on padding, None where there is none; `fingerprint`:
     sha256 (hex) of ids, shape and mask; `tokens_total`: tokens of the stream the windows were cut from; `documents`:
-    hashes of the documents in that stream (see `overlap`).
+    hashes of the documents in that stream (see `overlap`); `labels`: int64 [n, length], the ids that are to be learnt,
+    -100 elsewhere (None: all of the text), or, for a model that classifies, the class of each [n].
     """
 
     tokens: torch.Tensor
@@ -52,6 +53,7 @@ class Windows:
     role: str
     mask: torch.Tensor | None = None
     documents: frozenset[bytes] = field(default=frozenset(), repr=False)
+    labels: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

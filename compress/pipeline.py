@@ -130,6 +130,8 @@ def _apply(
     """One pass, or what is left of it."""
     stage = work.stage(index, pass_.name)
     if stage.complete:
+        if pass_.changes_shape:
+            pass_.reshape(model)
         if model.resident and pass_.changes_weights and stage.holds_blocks():
             for block in model.blocks():
                 block.restore(*stage.read(block, model.device))
@@ -144,6 +146,9 @@ def _apply(
             calibration=ready.calibration if pass_.takes_calibration else None,
             training=ready.training if pass_.needs_training else None,
             original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
+            original_folder=ready.folder if pass_.needs_teacher else None,
+            tokenizer=ready.tokenizer,
+            tasks=ready.job.items if ready.job is not None else {},
             seed=recipe.seed,
             stage=stage,
             progress=progress,

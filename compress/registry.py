@@ -85,6 +85,7 @@ PASSES = Registry(
         "autoround": "compress.passes.autoround:AutoRound",
         "awq": "compress.passes.awq:AWQ",
         "bnb": "compress.passes.bnb:Bnb",
+        "distill": "compress.passes.distill:Distill",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",
         "fp8": "compress.passes.fp8:FP8",
         "gptq": "compress.passes.gptq:GPTQ",

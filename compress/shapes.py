@@ -49,6 +49,15 @@ class ModelShape:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
         self.handle = ModelHandle(model)
         self.dtype = dtype
+        #: Whether plain transformers expands the packed layers to run them; bitsandbytes' it runs as they are.
+        self.expands = False
+        self.packed_bytes = 0
+        self.original_bytes = sum(spec.nbytes for spec in self.contents().tensors)
+        self._measure()
+
+    def _measure(self) -> None:
+        """What follows from the model's shapes."""
+        model = self.handle.model
         text = model.config.get_text_config()
         head = model.get_output_embeddings()
         self.hidden = int(text.hidden_size)
@@ -57,13 +66,10 @@ class ModelShape:
         #: Attention heads whose scores [length, length] are held in full; 0 where the kernel never forms them.
         self.scored_heads = int(text.num_attention_heads) if model.config._attn_implementation == "eager" else 0
         self.experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 1)
-        self.dense_bytes = self.original_bytes = sum(spec.nbytes for spec in self.contents().tensors)
+        self.dense_bytes = sum(spec.nbytes for spec in self.contents().tensors)
         self.outside_bytes = sum(t.nbytes for t in self.handle.outside().values())
         self.largest_tensor = max(spec.nbytes for spec in self.contents().tensors)
         self.widest = max(self._widest(block) for block in self.handle.block_list())
-        self.packed_bytes = 0
-        #: Whether plain transformers expands the packed layers to run them; bitsandbytes' it runs as they are.
-        self.expands = False
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: torch.dtype, architecture: str | None = None) -> ModelShape:
@@ -106,6 +112,8 @@ class ModelShape:
         refuse_model(pass_, self.handle.model)
         if not isinstance(pass_, BlockPass):
             pass_.reshape(self.handle)
+            if pass_.changes_shape:
+                self._measure()
             outside = sum(t.nbytes for t in self.handle.outside().values())
             self.dense_bytes += outside - self.outside_bytes
             self.outside_bytes = outside

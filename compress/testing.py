@@ -119,6 +119,8 @@ def small_options(cls: type[Pass]) -> dict[str, Any]:
     """Options with which a pass fits `tiny_model`, where its defaults do not (a group of 128 in 32 columns)."""
     if cls.name == "bnb":
         return {"format": "int8"}
+    if cls.name == "distill":  # two of three blocks, or there would be nothing to learn
+        return {"tokens": 512, "student": {"layers": 2}}
     small = {"group_size": 16, "tokens": 512, "iterations": 10, "preset": "fast"}
     return {name: value for name, value in small.items() if name in cls.model_fields}
 

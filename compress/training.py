@@ -80,7 +80,7 @@ class Training:
 def train(
     objective: nn.Module,
     groups: Sequence[Group],
-    windows: Windows,
+    windows: Windows | Dataset,
     schedule: Schedule,
     *,
     title: str,
@@ -91,9 +91,10 @@ def train(
     """Trains the parameters of `groups` in place, all others staying as they are.
 
     `objective(input_ids=..., attention_mask=...)` gives the mean loss of a batch of windows [batch, length], the mask
-    only where the windows have one. Windows are shuffled anew each epoch by `schedule.seed`. `folder` is where
-    checkpoints are kept (None: nowhere), and where a killed run finds them; it is removed by the caller. CompressError
-    with the step where the loss is not finite.
+    only where the windows have one; the items of any other `Dataset`, mappings of tensors, are given to it as they are.
+    Windows are shuffled anew each epoch by `schedule.seed`. `folder` is where checkpoints are kept (None: nowhere), and
+    where a killed run finds them; it is removed by the caller. CompressError with the step where the loss is not
+    finite.
     """
     objective.requires_grad_(False)
     for group in groups:
@@ -132,8 +133,8 @@ class _WindowsDataset(Dataset):  # type: ignore[misc]
 
 class _Trainer(Trainer):  # type: ignore[misc]
     def __init__(
-        self, objective: nn.Module, groups: Sequence[Group], windows: Windows, schedule: Schedule, folder: Path,
-        title: str, device: str, keeps: bool,
+        self, objective: nn.Module, groups: Sequence[Group], windows: Windows | Dataset, schedule: Schedule,
+        folder: Path, title: str, device: str, keeps: bool,
     ):  # fmt: skip
         self.groups, self.schedule, self.title = groups, schedule, title
         self.losses: list[float] = []
@@ -144,7 +145,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
             logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
             dataloader_pin_memory=device != "cpu", label_names=[],
         )  # fmt: skip
-        super().__init__(model=objective, args=arguments, train_dataset=_WindowsDataset(windows))
+        texts = _WindowsDataset(windows) if isinstance(windows, Windows) else windows
+        super().__init__(model=objective, args=arguments, train_dataset=texts)
         self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

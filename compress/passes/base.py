@@ -7,7 +7,7 @@ comes in as arguments; it keeps no state between calls.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -37,14 +37,19 @@ class Context:
     """What a pass is given besides the model.
 
     `calibration` and `training` hold token ids [samples, length]; `original` opens the model as it was before any pass,
-    in the dtype and on the device of the one worked on; `stage` is where finished blocks are kept so that a killed run
-    continues there (None: nothing is kept); `min_coverage` is the least share of the blocks' matrix weights the
-    pass must change; `tokens_per_batch` bounds the activations in flight; `seed` decides what is drawn at random.
+    in the dtype and on the device of the one worked on, `original_folder` is where it lies, if it does; `tokenizer` is
+    that of the texts; `tasks` are the benchmark's test items, by area; `stage` is where finished blocks are kept so
+    that a killed run continues there (None: nothing is kept); `min_coverage` is the least share of the blocks' matrix
+    weights the pass must change; `tokens_per_batch` bounds the activations in flight; `seed` decides what is drawn at
+    random.
     """
 
     calibration: Windows | None = None
     training: Windows | None = None
     original: Callable[[], PreTrainedModel] | None = None
+    original_folder: Path | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    tasks: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     seed: int = 0
     stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
@@ -96,6 +101,11 @@ class Pass(BaseModel):
     #: Whether it changes tensors that belong to no block (embeddings, head), which its stage then keeps as well.
     changes_outside: ClassVar[bool] = False
 
+    @property
+    def changes_shape(self) -> bool:
+        """Whether tensors of other shapes, or fewer, come out than went in; `reshape` then does that to any model."""
+        return False
+
     #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
     changes_weights: ClassVar[bool] = True
 
@@ -142,7 +152,8 @@ class Pass(BaseModel):
         min_coverage: float = 0.5,
         progress: Progress | None = None,
     ) -> PassResult:
-        """Applies the pass to a loaded model, in place; the result's `.model` is the same object.
+        """Applies the pass to a loaded model, in place; the result's `.model` is the same object, unless the pass was
+        told to make another one.
 
         `calibration`: texts (then `tokenizer` cuts them into windows of `length` tokens, `samples` of them drawn at
         random by `seed`; the defaults are a recipe's), or token ids [samples, length] (int64), used as they are.
@@ -167,13 +178,15 @@ class Pass(BaseModel):
             calibration=cut(calibration, "calibration") if self.takes_calibration else None,
             training=cut(training, "training") if self.needs_training else None,
             original=_opener(original, handle) if original is not None else None,
+            original_folder=Path(original) if isinstance(original, str | Path) else None,
+            tokenizer=tokenizer,
             seed=seed,
             min_coverage=min_coverage,
             progress=progress or Progress(),
         )
         result = self.run(handle, context)
         handle.record(self)
-        return PassResult(model, result.blocks, result.coverage, result.measurements)
+        return PassResult(handle.model, result.blocks, result.coverage, result.measurements)
 
 
 def _opener(original: PreTrainedModel | str | Path, like: ModelHandle) -> Callable[[], PreTrainedModel]:
