@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os.path
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -214,14 +214,27 @@ def _field(cls: type[BaseModel], place: Place) -> tuple[type[BaseModel], Any]:
     """The model that owns the last part of `place`, and that part's field (None where it is no field itself)."""
     owner, field = cls, None
     for depth, part in enumerate(place):
-        field = owner.model_fields.get(str(part))
-        if field is None or depth == len(place) - 1:
+        last = depth == len(place) - 1
+        if isinstance(part, int):  # an entry of a list, whose model is known already
+            if last:
+                return owner, None
+            continue
+        field = owner.model_fields.get(part)
+        if field is None or last:
             break
-        inner = [item for item in (field.annotation, *get_args(field.annotation)) if hasattr(item, "model_fields")]
+        inner = list(_models(field.annotation))
         if not inner:
             return owner, None
         owner = inner[0]
     return owner, field
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in a field's type, those in lists and unions included."""
+    if hasattr(annotation, "model_fields"):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
 
 
 def step_name(passes: Sequence[Pass], index: int) -> str:

@@ -27,8 +27,8 @@ def trainable(model: ModelHandle, rate: float, title: str) -> Iterator[list[Grou
     trained.
 
     Dense weights are trained in float32, all of them. Of a sparse model's matrices, what is 0 stays 0. Packed layers
-    are exchanged for those that `llm_qat` trains (of a sparse model: `efficientqat`), with its rates, and beside them norms
-    alone are trained. StartError for layers stored in another way.
+    are exchanged for those that `llm_qat` trains (of a sparse model: `efficientqat`), with its rates, and beside them
+    norms alone are trained. StartError for layers stored in another way.
     """
     if "quantized" in model.states:
         with _packed(model, rate, title) as groups:

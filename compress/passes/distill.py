@@ -279,7 +279,8 @@ class Distill(Pass):
         if self.cache == "off" or self.top_k is None or self.on_policy:
             logits += tokens * shape.vocabulary
         activations = 4 * (tokens * 2 * blocks * shape.widest + logits)
-        return TRAINER_BYTES + teacher + trained + activations + (shape.dense_bytes if self.control else 0)
+        control = shape.dense_bytes if self.control else 0
+        return int(TRAINER_BYTES + teacher + trained + activations + control)
 
     def _teacher_bytes(self, shape: ModelShape) -> int:
         from compress.shapes import ModelShape
