@@ -95,7 +95,30 @@ class Checker:
         if options is not None and not isinstance(options, dict):
             self.problem((*place, name), f"{yaml_words(options)} is not allowed; allowed: a mapping of options.")
             return None
-        return self.build(PASSES.get(name), options or {}, (*place, name))
+        cls = PASSES.get(name)
+        return self.build(cls, self._located(cls, options or {}, (*place, name)), (*place, name))
+
+    def _located(self, cls: type[Pass], options: dict[str, Any], place: Place) -> dict[str, Any]:
+        """The options with the paths among them made absolute."""
+        from compress.builtin import MODELS
+
+        if not getattr(cls, "paths", None):
+            return options
+        found: dict[str, Any] = json.loads(json.dumps(plain(options)))
+        for dotted, kind in cls.paths.items():
+            *outer, last = dotted.split(".")
+            inner: Any = found
+            for part in outer:
+                inner = inner.get(part) if isinstance(inner, dict) else None
+            value = inner.get(last) if isinstance(inner, dict) else None
+            if not isinstance(value, str) or not value or value in cls.words:
+                continue
+            where = (*place, *dotted.split("."))
+            if kind == "folder" or value.endswith(".json"):
+                inner[last] = str(self.path(where, value))
+            else:
+                inner[last] = (self.model if kind == "model" else self.source)(where, value, tuple(MODELS))
+        return found
 
     def names(self, place: Place, given: Iterable[str], registry: Any) -> None:
         """Notes the names that a registry lacks, and those that stand there twice."""

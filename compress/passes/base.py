@@ -106,6 +106,11 @@ class Pass(BaseModel):
         """Whether tensors of other shapes, or fewer, come out than went in; `reshape` then does that to any model."""
         return False
 
+    #: Options that name a model, a source of text or a folder (dotted path -> which of them), in a recipe
+    #: relative to its folder; and words that are no such name.
+    paths: ClassVar[Mapping[str, str]] = {}
+    words: ClassVar[frozenset[str]] = frozenset()
+
     #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
     changes_weights: ClassVar[bool] = True
 

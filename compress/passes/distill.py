@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
+from compress.answers import Answers
 from compress.errors import StartError
 from compress.losses import Labels, Loss, StudentOptions
 from compress.passes.base import Context, Pass, PassResult
@@ -46,9 +48,12 @@ class Distill(Pass):
 
     name: ClassVar[str] = "distill"
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse", "quantized"})
-    needs_training: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = True
     changes_outside: ClassVar[bool] = True
+    paths: ClassVar[Mapping[str, str]] = {
+        "teacher": "model", "student.source": "model", "answers.prompts": "source", "cache": "folder",
+    }  # fmt: skip
+    words: ClassVar[frozenset[str]] = frozenset({"model", "teacher", "fresh", "auto", "off"})
 
     teacher: str | None = Field(
         default=None, min_length=1, description="Folder or hub id of the teacher; the model before any pass if absent."
@@ -69,6 +74,12 @@ class Distill(Pass):
         description="Where what the teacher says is kept, for all epochs and recipes: a folder; auto: "
         "`$XDG_CACHE_HOME/compress/teacher` or `~/.cache/compress/teacher`; off: it is asked in every step.",
     )
+    answers: Answers | None = Field(
+        default=None,
+        description="Learn from what the teacher writes to prompts, in the place of the training text. Then `losses` "
+        "are `labels` if absent.",
+    )
+    steps: int | None = Field(default=None, ge=1, description="Steps of training, in the place of `tokens`.")
     tokens: int = Field(
         default=1_000_000, ge=1, description="Tokens of training text to see, text seen again counted again."
     )
@@ -95,6 +106,10 @@ class Distill(Pass):
         default="auto",
         description="Of matrix products in training; auto: bfloat16 for 16-bit models and where the hardware has it.",
     )
+
+    @property
+    def needs_training(self) -> bool:  # type: ignore[override]
+        return self.answers is None
 
     @property
     def changes_shape(self) -> bool:
@@ -129,7 +144,7 @@ class Distill(Pass):
         from compress.teaching import TeacherSource
         from compress.trainable import covered
 
-        if context.training is None:
+        if context.training is None and self.answers is None:
             raise StartError("distill needs training text: give training=[...] (texts or token ids).")
         if not model.resident:
             raise StartError("distill trains the whole model at once: use residency: memory.")
@@ -138,6 +153,8 @@ class Distill(Pass):
         self._check_tokenizers(source, context)
         make_student(model, self.student, lambda: source.model, context.seed)
         losses = self._losses(model)
+        if any(loss.kind == "rationale" for loss in losses) and self.answers is None:
+            raise StartError("distill: the loss rationale needs answers: name the prompts that the teacher reasons on.")
         measured = self._trained(model, source, losses, context)
         records: list[dict[str, Any]] = []
         for block in model.block_list():
@@ -164,7 +181,7 @@ class Distill(Pass):
                     "distill: student.source: its tokenizer is another than the recipe's model has, by which the text "
                     "is cut. Make the student the recipe's model, and name the other one in distill.teacher."
                 )
-        wanted = [loss.kind for loss in self.losses or [Loss.model_validate("kl")]]
+        wanted = [loss.kind for loss in self._losses(None)]
         compared = [kind for kind in wanted if kind in TOKEN_WISE]
         if compared and not source.speaks_like(context.tokenizer):
             raise StartError(
@@ -172,11 +189,16 @@ class Distill(Pass):
                 "compare. Learn from what the teacher writes: use answers with losses: [labels]."
             )
 
-    def _losses(self, model: ModelHandle) -> list[Loss]:
+    def _losses(self, model: ModelHandle | None) -> list[Loss]:
+        """The losses, or their default for this model (None: for one with logits)."""
         from compress.teaching import width_of
 
         if self.losses is not None:
             return list(self.losses)
+        if self.answers is not None:
+            return [Loss(labels=Labels())]
+        if model is None:
+            return [Loss.model_validate("kl")]
         return [Loss.model_validate("kl" if width_of(model.config) else "hidden")]
 
     def _trained(
@@ -186,7 +208,7 @@ class Distill(Pass):
         from compress.measure.areas import area_scores, summarised
         from compress.teaching import lesson, teacher_areas
 
-        windows, tasks = self._texts(source, context)
+        windows, tasks = self._texts(model, source, context)
         found = lesson(
             source, model.model, losses, windows, top_k=self.top_k, cache=self.cache, on_policy=self.on_policy > 0,
             tasks=tasks, context=context,
@@ -213,6 +235,8 @@ class Distill(Pass):
             measured["areas"] = summarised(scores, context.seed)
         if found.cache is not None:
             measured["cache"] = {"folder": str(found.cache.folder), "bytes_per_token": found.cache.bytes_per_token}
+        if self.answers is not None:
+            measured["answers"] = {"file": windows.source, "windows": len(windows), "fingerprint": windows.fingerprint}
         steps = self._steps(windows)
         return {
             "losses": result.summary(), "steps": steps, "tokens": steps * self.batch_size * windows.length, **measured,
@@ -252,17 +276,27 @@ class Distill(Pass):
             model, losses, found, schedule, rate, title=title, on_policy=self.on_policy, folder=folder, context=context
         )
 
-    def _texts(self, source: TeacherSource, context: Context) -> tuple[Windows, Tensor | None]:
+    def _texts(self, model: ModelHandle, source: TeacherSource, context: Context) -> tuple[Windows, Tensor | None]:
         """The windows to train on, no more than are needed, and the task of each (None: there is one)."""
-        assert context.training is not None
-        windows = context.training
-        needed = max(1, self.tokens // (self.batch_size * windows.length)) * self.batch_size
+        from compress.answers import answer_windows, answers_of
+        from compress.teacher_cache import default_folder
         from compress.teaching import first_windows
 
-        return first_windows(windows, needed), None
+        if self.answers is None:
+            assert context.training is not None
+            return first_windows(context.training, self._steps(context.training) * self.batch_size), None
+        if context.tokenizer is None:
+            raise StartError("distill: answers are texts, and need a tokenizer: give tokenizer=...")
+        rationale = next((loss.rationale for loss in self.losses or [] if loss.rationale is not None), None)
+        kept = default_folder() if self.cache in ("auto", "off") else Path(self.cache).expanduser()
+        path, lines = answers_of(
+            source, self.answers, rationale is not None, kept, context.seed, context.progress
+        )  # fmt: skip
+        _refuse_measured(lines, context)
+        return answer_windows(lines, context.tokenizer, rationale, model.context_length, str(path))
 
     def _steps(self, windows: Windows) -> int:
-        return max(1, self.tokens // (self.batch_size * windows.length))
+        return self.steps or max(1, self.tokens // (self.batch_size * windows.length))
 
     def extra_bytes(self, shape: ModelShape) -> int:
         """The Trainer, the teacher, the student in float32 with gradients and two moments, and a batch's activations;
@@ -288,6 +322,17 @@ class Distill(Pass):
         if self.teacher is None:
             return int(shape.original_bytes)
         return ModelShape.of(self._teacher_config(shape.handle), shape.dtype).original_bytes
+
+
+def _refuse_measured(lines: Sequence[Mapping[str, str]], context: Context) -> None:
+    """StartError where a prompt is one that the benchmark asks."""
+    asked = {str(item.get("prompt", item.get("question"))) for items in context.tasks.values() for item in items}
+    both = sum(line["prompt"] in asked for line in lines)
+    if both:
+        raise StartError(
+            f"answers.prompts: {both} of {len(lines)} are test items of the benchmark as well. What is measured must "
+            "not have been learnt: use other prompts."
+        )
 
 
 def _kept(context: Context, name: str, make: Any) -> dict[str, Any]:
