@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compress.loading import load as load
     from compress.passes.autoround import AutoRound as AutoRound
     from compress.passes.awq import AWQ as AWQ
+    from compress.passes.block_distill import BlockDistill as BlockDistill
     from compress.passes.bnb import Bnb as Bnb
     from compress.passes.distill import Distill as Distill
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AWQ": "compress.passes.awq",
     "AutoRound": "compress.passes.autoround",
+    "BlockDistill": "compress.passes.block_distill",
     "Bnb": "compress.passes.bnb",
     "CompressError": "compress.errors",
     "Distill": "compress.passes.distill",

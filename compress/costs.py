@@ -71,11 +71,15 @@ def model(shape: ModelShape, holding: Holding, used_outside: bool) -> Parts:
     return {"model": shape.dense_bytes - unused}
 
 
-def whole_pass(shape: ModelShape, holding: Holding, extra: int | None) -> Parts:
-    """A pass that is no `BlockPass`, `shape` being as it leaves the model; `extra` is what it says it takes besides."""
+def whole_pass(shape: ModelShape, holding: Holding, extra: int | None, text: Text | None = None) -> Parts:
+    """A pass that is no `BlockPass`, `shape` being as it leaves the model; `extra` is what it says it takes besides;
+    `text` what it sends through the blocks one by one, on two paths."""
     parts = model(shape, holding, used_outside=True)
     if not holding.resident:
         parts["block"] = shape.largest_block()
+    if text is not None:
+        parts["hidden states"] = text.tokens * (2 * shape.hidden * shape.dtype.itemsize + 8)
+        parts["activations"] = activations(shape, shape.widest, text.in_flight(), text.length)
     return parts | {"pass": extra or 0}
 
 

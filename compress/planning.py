@@ -109,6 +109,7 @@ class _Walkthrough:
     def __init__(self, recipe: Recipe, shape: ModelShape, stored: torch.dtype, beside: int):
         self.recipe, self.shape, self.beside = recipe, shape, beside
         self.holding = costs.Holding(resident=recipe.residency == "memory", stored=stored)
+        self.shape.resident = self.holding.resident
         self.stages: list[int] = []
 
     def steps(self) -> list[PlanStep]:
@@ -152,7 +153,8 @@ class _Walkthrough:
                 parts = costs.model(self.shape, self.holding, used_outside=True)
                 return self._step(pass_.name, parts, note="changes no weight")
             extra = pass_.extra_bytes(self.shape)
-            parts = costs.whole_pass(self.shape, self.holding, extra)
+            text = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
+            parts = costs.whole_pass(self.shape, self.holding, extra, text)
             note = "what it takes beside the model is not known" if extra is None else ""
         # With the whole model in memory, a stage is kept until the next one is complete; else blocks are read from it.
         kept = self.shape.stage_bytes(pass_.changes_outside)

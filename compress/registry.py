@@ -84,6 +84,7 @@ PASSES = Registry(
     {
         "autoround": "compress.passes.autoround:AutoRound",
         "awq": "compress.passes.awq:AWQ",
+        "block_distill": "compress.passes.block_distill:BlockDistill",
         "bnb": "compress.passes.bnb:Bnb",
         "distill": "compress.passes.distill:Distill",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",

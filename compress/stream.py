@@ -10,6 +10,7 @@ the pass found it. Both paths start as the same tensors; the second one goes thr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -32,10 +33,14 @@ class CalibrationStream:
     """The calibration batches as they stand before the block whose turn it is.
 
     Holds one hidden state [batch, length, hidden] a batch, in the model's dtype, on the CPU between its uses; with
-    `original`, a second one: that of the model as it is now, which `advance` does not touch.
+    `original`, a second one: that of the model as it is now, which `advance` does not touch, or of `originals`, another
+    model with as many blocks.
     """
 
-    def __init__(self, model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048, original: bool = False):
+    def __init__(
+        self, model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048, original: bool = False,
+        originals: ModelHandle | None = None,
+    ):  # fmt: skip
         if len(model.stacks) > 1:
             names = ", ".join(stack.name for stack in model.stacks)
             raise StartError(f"Calibrated passes take models with one stack of blocks; this one has {names}.")
@@ -53,6 +58,9 @@ class CalibrationStream:
             model.release(first)
         #: The hidden states of the second path, None if there is none. Before the first block: the same tensors.
         self.original: list[torch.Tensor] | None = list(self.hidden) if original else None
+        self.originals = originals
+        if originals is not None:
+            self.original = CalibrationStream(originals, windows, tokens_per_batch).hidden
 
     @torch.no_grad()
     def _capture(self, batch: dict[str, torch.Tensor]) -> None:
@@ -86,11 +94,26 @@ class CalibrationStream:
 
     @torch.no_grad()
     def advance_original(self, block: Block, module: nn.Module | None = None) -> None:
-        """Pushes the second path, if there is one, through the block as it is now, or through `module` in its place."""
+        """Pushes the second path, if there is one, through `module`, or the block that it has in the place of this."""
+        if module is None and self.originals is not None:
+            self.advance_original(block, self.original_block(block))
+            self.release_original(block)
+            return
         for index, hidden in enumerate(self.original or ()):
             assert self.original is not None
             out = called(module or block.module, hidden.to(self.model.device), self.calls[index][block.index])
             self.original[index] = out.cpu()
+
+    def original_block(self, block: Block) -> nn.Module:
+        """The block that the second path goes through: of `originals`, or a copy of this as it is now."""
+        if self.originals is None:
+            return copy.deepcopy(block.module)
+        return self.originals.load(self.originals.block_list()[block.index]).module
+
+    def release_original(self, block: Block) -> None:
+        """Lets go of what `original_block` loaded."""
+        if self.originals is not None:
+            self.originals.release(self.originals.block_list()[block.index])
 
     @torch.no_grad()
     def push(self, block: Block, hidden: list[torch.Tensor]) -> None:
