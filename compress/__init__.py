@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compress.passes.awq import AWQ as AWQ
     from compress.passes.block_distill import BlockDistill as BlockDistill
     from compress.passes.bnb import Bnb as Bnb
+    from compress.passes.depth import Depth as Depth
     from compress.passes.distill import Distill as Distill
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
     from compress.passes.fp8 import FP8 as FP8
@@ -47,6 +48,7 @@ _PUBLIC = {
     "BlockDistill": "compress.passes.block_distill",
     "Bnb": "compress.passes.bnb",
     "CompressError": "compress.errors",
+    "Depth": "compress.passes.depth",
     "Distill": "compress.passes.distill",
     "EfficientQAT": "compress.passes.efficientqat",
     "FP8": "compress.passes.fp8",

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import os.path
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,15 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def select(self, rows: torch.Tensor) -> Windows:
+        """Some of the windows: `rows` int64, their places in this one."""
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            mask=None if self.mask is None else self.mask[rows],
+            labels=None if self.labels is None else self.labels[rows],
+        )
 
     @property
     def length(self) -> int:

@@ -125,8 +125,8 @@ class StudentOptions(BaseModel):
     )
     layers: int | str | list[int] | None = Field(
         default=None,
-        description="Blocks that remain: a number or a percentage, evenly spread with first and last among them, or a "
-        "list of their indices, counted from 0.",
+        description="Blocks that remain: a number or a percentage, those that `depth` keeps, or a list of their "
+        "indices, counted from 0.",
     )
     intermediate_size: int | str | None = Field(
         default=None, description="What remains of each MLP: a number of channels or a percentage."

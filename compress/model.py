@@ -7,7 +7,7 @@ memory with the next step, so that peak memory is one block and not the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -263,8 +263,13 @@ class ModelHandle:
 
     def read_outside(self) -> None:
         """Reads what belongs to no block into memory (for a skeleton whose blocks stay on disk)."""
-        for name, old in self.outside().items():
-            self._put(name, self._original(name, old))
+        self.place_outside({name: self._original(name, old) for name, old in self.outside().items()})
+
+    def place_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts tensors that belong to no block in the place of a skeleton's, and buffers that no file holds on the
+        device."""
+        for name, tensor in tensors.items():
+            self._put(name, tensor)
         self.model.tie_weights()
         for module in self.model.modules():
             for last in module._non_persistent_buffers_set:

@@ -26,6 +26,7 @@ from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.reports.card import model_card
 from compress.reports.report import Report, Stage, Verified
+from compress.reshaping import take_shape
 from compress.stream import stream_outputs
 from compress.workspace import Workspace
 
@@ -95,7 +96,7 @@ def _compress(
         stages.append(_apply(pass_, index, model, ready, recipe, work, bare, progress))
         if pass_.changes_weights:
             if latest is not None and model.resident:
-                latest.drop_blocks(model.block_list())
+                latest.drop_blocks()
             latest = work.stage(index, pass_.name)
     with progress.step("writing and verifying", total=2) as step:
         notes = _export(model, recipe, ready, stages)
@@ -130,10 +131,13 @@ def _apply(
     """One pass, or what is left of it."""
     stage = work.stage(index, pass_.name)
     if stage.complete:
-        if pass_.changes_shape:
+        config = stage.read_config(model.config)
+        if config is not None:
+            take_shape(model, config)
+        elif pass_.structural:
             pass_.reshape(model)
         if model.resident and pass_.changes_weights and stage.holds_blocks():
-            for block in model.blocks():
+            for block in model.block_list():
                 block.restore(*stage.read(block, model.device))
         outside = stage.read_outside(model.device)
         if outside is not None:

@@ -86,6 +86,7 @@ PASSES = Registry(
         "awq": "compress.passes.awq:AWQ",
         "block_distill": "compress.passes.block_distill:BlockDistill",
         "bnb": "compress.passes.bnb:Bnb",
+        "depth": "compress.passes.depth:Depth",
         "distill": "compress.passes.distill:Distill",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",
         "fp8": "compress.passes.fp8:FP8",

@@ -49,24 +49,23 @@ class ModelShape:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
         self.handle = ModelHandle(model)
         self.dtype = dtype
+        self._look()
+        self.original_bytes = self.dense_bytes
+        self.packed_bytes = 0
         #: Whether plain transformers expands the packed layers to run them; bitsandbytes' it runs as they are.
         self.expands = False
-        self.packed_bytes = 0
         #: Whether the whole model is in memory while passes work.
         self.resident = True
-        self.original_bytes = sum(spec.nbytes for spec in self.contents().tensors)
-        self._measure()
 
-    def _measure(self) -> None:
-        """What follows from the model's shapes."""
-        model = self.handle.model
-        text = model.config.get_text_config()
-        head = model.get_output_embeddings()
+    def _look(self) -> None:
+        """Sees the model as it stands: what follows from its shapes alone."""
+        text = self.handle.config.get_text_config()
+        head = self.handle.model.get_output_embeddings()
         self.hidden = int(text.hidden_size)
         self.vocabulary = 0 if head is None else int(head.weight.shape[0])
-        self.context = context_length(model.config) or 256
+        self.context = context_length(self.handle.config) or 256
         #: Attention heads whose scores [length, length] are held in full; 0 where the kernel never forms them.
-        self.scored_heads = int(text.num_attention_heads) if model.config._attn_implementation == "eager" else 0
+        self.scored_heads = int(text.num_attention_heads) if self.handle.config._attn_implementation == "eager" else 0
         self.experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 1)
         self.dense_bytes = sum(spec.nbytes for spec in self.contents().tensors)
         self.outside_bytes = sum(t.nbytes for t in self.handle.outside().values())
@@ -114,8 +113,8 @@ class ModelShape:
         refuse_model(pass_, self.handle.model)
         if not isinstance(pass_, BlockPass):
             pass_.reshape(self.handle)
-            if pass_.changes_shape:
-                self._measure()
+            if pass_.structural:
+                self._look()
             outside = sum(t.nbytes for t in self.handle.outside().values())
             self.dense_bytes += outside - self.outside_bytes
             self.outside_bytes = outside

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,26 @@ from transformers import AutoConfig, PretrainedConfig
 from compress.errors import StartError
 from compress.losses import StudentOptions, amount
 from compress.model import ModelHandle
+from compress.passes.base import Context, Pass
+from compress.passes.depth import Depth
+from compress.registry import PASSES
+from compress.reshaping import without_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OWN = ("model", "teacher", "fresh")
+#: Windows of text on which it is seen which blocks matter.
+TEXT_WINDOWS = 64
 
 
 def make_student(
-    model: ModelHandle, options: StudentOptions, teacher: Callable[[], PreTrainedModel], seed: int = 0
+    model: ModelHandle, options: StudentOptions, teacher: Callable[[], PreTrainedModel], context: Context | None = None
 ) -> None:
-    """Makes the student the model of the handle. `teacher()` is what `source: teacher` takes its weights from."""
+    """Makes the student the model of the handle. `teacher()` is what `source: teacher` takes its weights from; the text
+    of `context` says which blocks matter (None: the shape alone is wanted)."""
     weightless = next(model.model.parameters()).is_meta
+    seed = context.seed if context is not None else 0
     source = options.source
     if source == "teacher":
         _replace(model, copy.deepcopy(teacher()))
@@ -39,54 +48,35 @@ def make_student(
         _resize(config, options)
         _replace(model, _random(config, model, weightless, seed))
         return
-    if options.layers is not None:
-        keep_blocks(model, chosen_blocks(options.layers, len(model.block_list())))
+    for pass_ in _removing(model, options):
+        if context is None or weightless:
+            pass_.reshape(model)
+            continue
+        text = context.calibration or context.training
+        if text is None and pass_.takes_calibration:
+            raise StartError("distill: student: which blocks matter is seen from data.training; or name them.")
+        few = None if text is None else text.select(torch.arange(min(len(text), TEXT_WINDOWS)))
+        pass_.run(model, replace(context, calibration=few, stage=None))
+
+
+def _removing(model: ModelHandle, options: StudentOptions) -> list[Pass]:
+    """The structural passes that take from the model what the student is not to have."""
+    found: list[Pass] = []
+    count = len(model.block_list())
+    if isinstance(options.layers, list):
+        drop = [index for index in range(count) if index not in options.layers]
+        if options.layers[-1] >= count:
+            raise StartError(
+                f"distill: student.layers: there is no block {options.layers[-1]}, the last is {count - 1}."
+            )
+        found.append(Depth(drop=drop))
+    elif options.layers is not None:
+        found.append(Depth(layers=amount(options.layers, count)))
     if options.intermediate_size is not None:
-        _narrow(model, options)
-
-
-def chosen_blocks(layers: int | str | Sequence[int], count: int) -> list[int]:
-    """Indices of the blocks that remain of `count`: evenly spread, first and last among them.
-
-    >>> chosen_blocks("50%", 8)
-    [0, 2, 5, 7]
-    """
-    if not isinstance(layers, int | str):
-        chosen = list(layers)
-    else:
-        wanted = amount(layers, count)
-        last = count - 1
-        chosen = [round(i * last / (wanted - 1)) for i in range(wanted)] if 1 < wanted <= count else list(range(wanted))
-    if chosen[-1] >= count:
-        raise StartError(f"student.layers: {layers} asks for more blocks than the {count} that there are.")
-    return chosen
-
-
-def keep_blocks(model: ModelHandle, kept: Sequence[int]) -> None:
-    """Takes all other blocks out of the model, in place; config and indices of those that stay follow."""
-    if len(model.stacks) > 1:
-        names = ", ".join(stack.name for stack in model.stacks)
-        raise StartError(f"student.layers: this model has more than one stack of blocks ({names}).")
-    modules = model.stacks[0].modules
-    count, blocks = len(modules), [modules[index] for index in kept]
-    del modules[len(kept) :]
-    for index, block in enumerate(blocks):
-        modules[index] = block
-        for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = index
-    config = model.config.get_text_config()
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == count:  # what is said of each block
-            setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
-
-
-def _narrow(model: ModelHandle, options: StudentOptions) -> None:
-    raise StartError(
-        "student.intermediate_size: there is no pass yet that narrows a model's own layers. Leave it out, or use "
-        "source: fresh."
-    )
+        if "width" not in PASSES:
+            raise StartError("distill: student.intermediate_size: there is no pass here that narrows a model's layers.")
+        found.append(PASSES.get("width")(intermediate_size=options.intermediate_size))
+    return found
 
 
 def _replace(model: ModelHandle, other: PreTrainedModel) -> None:
@@ -119,15 +109,15 @@ def _resize(config: PretrainedConfig, options: StudentOptions) -> None:
     """The sizes that the options name, in a config of a model that has no weights yet."""
     text = config.get_text_config()
     if options.layers is not None:
-        count = text.num_hidden_layers
-        kept = chosen_blocks(options.layers, count)
-        for name, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == count:
-                setattr(text, name, [value[index] for index in kept])
-        text.num_hidden_layers = len(kept)
+        given, count = options.layers, text.num_hidden_layers
+        keep = given if isinstance(given, list) else list(range(amount(given, count)))
+        if keep[-1] >= count:
+            raise StartError(f"distill: student.layers: there is no block {keep[-1]} in that config.")
+        smaller = without_blocks(text, keep)
+        text.__dict__.update(smaller.__dict__)
     if options.intermediate_size is not None:
         if not isinstance(getattr(text, "intermediate_size", None), int):
-            raise StartError("student.intermediate_size: this model's config has no such size.")
+            raise StartError("distill: student.intermediate_size: this model's config has no such size.")
         text.intermediate_size = amount(options.intermediate_size, text.intermediate_size)
 
 

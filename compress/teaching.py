@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,17 +201,6 @@ def _eager(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     finally:
         if wanted:
             model.set_attn_implementation(before)
-
-
-def first_windows(windows: Windows, count: int) -> Windows:
-    """The first `count` windows, or all where there are no more."""
-    if count >= len(windows):
-        return windows
-
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[:count]
-
-    return replace(windows, tokens=windows.tokens[:count], mask=cut(windows.mask), labels=cut(windows.labels))
 
 
 def _projections(model: PreTrainedModel, losses: Sequence[Loss], found: Lesson, seed: int) -> nn.ModuleDict:

@@ -8,6 +8,7 @@ def test_my_pass_conforms():
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,8 @@ def small_options(cls: type[Pass]) -> dict[str, Any]:
     """Options with which a pass fits `tiny_model`, where its defaults do not (a group of 128 in 32 columns)."""
     if cls.name == "bnb":
         return {"format": "int8"}
+    if cls.name == "depth":
+        return {"layers": 2}
     if cls.name == "distill":  # two of three blocks, or there would be nothing to learn
         return {"tokens": 512, "student": {"layers": 2}}
     small = {"group_size": 16, "tokens": 512, "iterations": 10, "preset": "fast"}
@@ -183,10 +186,32 @@ def check_pass(pass_: Pass, family: str = "llama", make: Callable[[str], PreTrai
         assert 0 < result.coverage <= 1, f"{pass_.name} covers {result.coverage}"
         assert torch.isfinite(after).all(), f"{pass_.name} leaves outputs that are not finite"
         assert not torch.equal(before, after), f"{pass_.name} changed nothing"
+        if pass_.structural:
+            _check_shape(pass_, model, make(family))
         for name, old in outside.items() if not pass_.changes_outside else ():
             assert torch.equal(old, model.get_parameter(name)), f"{pass_.name} changed {name}, which is in no block"
         results.append(after)
     assert torch.equal(*results), f"{pass_.name} is not reproducible"
+
+
+def _check_shape(pass_: Pass, model: PreTrainedModel, before: PreTrainedModel) -> None:
+    """The smaller model is what plain transformers makes of its folder, to the last bit, and no tensor of it is larger
+    than its config says; the plan foresees as many parameters."""
+    from compress.model import ModelHandle
+    from compress.reshaping import parameters_of
+    from compress.shapes import ModelShape
+
+    assert parameters_of(model) < parameters_of(before), f"{pass_.name} removed no parameter"
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder).eval()
+    assert parameters_of(again) == parameters_of(model), f"{pass_.name}: config.json says another size"
+    assert torch.equal(outputs(again, tiny_tokens()), outputs(model, tiny_tokens())), f"{pass_.name} does not reload"
+    planned = ModelShape.of(before.config, before.dtype, type(before).__name__)
+    planned.apply(pass_)
+    assert parameters_of(planned.handle.model) == parameters_of(model), f"{pass_.name}: the plan foresees another size"
+    assert not any(p.is_meta for p in model.parameters()), f"{pass_.name} left a tensor without content"
+    ModelHandle.wrap(model)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,15 @@ from compress.nn.bnb_linear import BnbSpec
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from transformers import PretrainedConfig
+
     from compress.recipe import Recipe
 
 FOLDER = ".compress"
 _SAMPLED_BYTES = 1 << 20
 _OUTSIDE = "outside"
 _DROPPED = "dropped.json"
+_CONFIG = "config.json"
 
 
 def read_json(path: Path) -> Any:
@@ -94,6 +97,15 @@ class Stage:
         model, with the specs of packed layers among them. `read_outside` gives it back to a continued run."""
         self._write(_OUTSIDE, tensors, record, quantized or {})
 
+    def keep_config(self, config: PretrainedConfig) -> None:
+        """Writes the config of the model that the pass leaves, where it is another than it found."""
+        write_json(self.folder / _CONFIG, config.to_dict())
+
+    def read_config(self, like: PretrainedConfig) -> PretrainedConfig | None:
+        """What `keep_config` was given, of the class of `like`; None where the pass does not change it."""
+        path = self.folder / _CONFIG
+        return type(like).from_dict(read_json(path)) if path.exists() else None
+
     def kept_outside(self) -> Any:
         """The record that `keep_outside` was given, or None."""
         path = self.folder / f"{_OUTSIDE}.json"
@@ -140,12 +152,13 @@ class Stage:
         """Whether the finished blocks can still be read."""
         return not (self.folder / _DROPPED).exists()
 
-    def drop_blocks(self, blocks: Iterable[Block]) -> None:
+    def drop_blocks(self) -> None:
         """Frees the room of the blocks, which a later stage holds as well. Its records, and what it changed outside the
         blocks, stay: the stage is as complete as it was."""
         write_json(self.folder / _DROPPED, {})  # first: half of the blocks is of no use
-        for block in blocks:
-            (self.folder / f"{block.name}.safetensors").unlink(missing_ok=True)
+        for path in self.folder.glob("*.safetensors"):
+            if path.stem != _OUTSIDE:
+                path.unlink()
 
 
 class Workspace:

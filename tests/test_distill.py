@@ -17,7 +17,6 @@ from compress.model import ModelHandle
 from compress.nn.quant_linear import QuantLinear
 from compress.pipeline import run
 from compress.recipe import Recipe
-from compress.student import chosen_blocks
 from compress.teacher_cache import Kept, compact
 from compress.testing import save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -121,13 +120,11 @@ def test_the_head_is_found_where_it_is_all_there_is_to_the_logits():
     assert head_of(tiny_model("bert")) is None
 
 
-def test_blocks_that_remain_are_evenly_spread():
-    assert chosen_blocks("50%", 8) == [0, 2, 5, 7]
-    assert chosen_blocks(3, 3) == [0, 1, 2]
-    assert chosen_blocks(1, 4) == [0]
-    assert chosen_blocks([1, 3], 4) == [1, 3]
-    with pytest.raises(StartError, match="more blocks than the 3 that there are"):
-        chosen_blocks([5], 3)
+def test_a_block_that_is_not_there_cannot_remain():
+    with pytest.raises(StartError, match="there is no block 5, the last is 2"):
+        compress.Distill(student={"layers": [1, 5]}, **SMALL)(
+            tiny_model("llama"), training=TEXT, original=tiny_model("llama")
+        )
 
 
 # What training brings

@@ -101,10 +101,8 @@ class Pass(BaseModel):
     #: Whether it changes tensors that belong to no block (embeddings, head), which its stage then keeps as well.
     changes_outside: ClassVar[bool] = False
 
-    @property
-    def changes_shape(self) -> bool:
-        """Whether tensors of other shapes, or fewer, come out than went in; `reshape` then does that to any model."""
-        return False
+    #: Whether it leaves a model of another shape, with another config, which its stage then keeps as well.
+    structural: ClassVar[bool] = False
 
     #: Options that name a model, a source of text or a folder (dotted path -> which of them), in a recipe
     #: relative to its folder; and words that are no such name.

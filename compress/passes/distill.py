@@ -112,7 +112,7 @@ class Distill(Pass):
         return self.answers is None
 
     @property
-    def changes_shape(self) -> bool:
+    def structural(self) -> bool:  # type: ignore[override]
         student = self.student
         return student.source != "model" or student.layers is not None or student.intermediate_size is not None
 
@@ -134,7 +134,7 @@ class Distill(Pass):
         from compress.passes.end_to_end import packed_layers
 
         if "quantized" in model.states:
-            if self.changes_shape:
+            if self.structural:
                 raise StartError("distill: student: blocks are taken from dense weights; distill before rounding.")
             packed_layers(model, self.name)
 
@@ -151,7 +151,7 @@ class Distill(Pass):
         source = TeacherSource(self.teacher, model, context)
         self._check_student(model)
         self._check_tokenizers(source, context)
-        make_student(model, self.student, lambda: source.model, context.seed)
+        make_student(model, self.student, lambda: source.model, context)
         losses = self._losses(model)
         if any(loss.kind == "rationale" for loss in losses) and self.answers is None:
             raise StartError("distill: the loss rationale needs answers: name the prompts that the teacher reasons on.")
@@ -280,11 +280,11 @@ class Distill(Pass):
         """The windows to train on, no more than are needed, and the task of each (None: there is one)."""
         from compress.answers import answer_windows, answers_of
         from compress.teacher_cache import default_folder
-        from compress.teaching import first_windows
 
         if self.answers is None:
             assert context.training is not None
-            return first_windows(context.training, self._steps(context.training) * self.batch_size), None
+            wanted = self._steps(context.training) * self.batch_size
+            return context.training.select(torch.arange(min(wanted, len(context.training)))), None
         if context.tokenizer is None:
             raise StartError("distill: answers are texts, and need a tokenizer: give tokenizer=...")
         rationale = next((loss.rationale for loss in self.losses or [] if loss.rationale is not None), None)
