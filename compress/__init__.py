@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from compress.passes.hqq import HQQ as HQQ
     from compress.passes.kv_cache import KVCache as KVCache
     from compress.passes.llm_qat import LLMQAT as LLMQAT
+    from compress.passes.lora import LoRA as LoRA
     from compress.passes.magnitude import Magnitude as Magnitude
     from compress.passes.quantize import Quantize as Quantize
     from compress.passes.rotate import Rotate as Rotate
@@ -56,6 +57,7 @@ _PUBLIC = {
     "HQQ": "compress.passes.hqq",
     "KVCache": "compress.passes.kv_cache",
     "LLMQAT": "compress.passes.llm_qat",
+    "LoRA": "compress.passes.lora",
     "Magnitude": "compress.passes.magnitude",
     "Quantize": "compress.passes.quantize",
     "RTN": "compress.passes.rtn",

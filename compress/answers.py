@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from compress.checkpoint import atomic_write_text, disk_errors
 from compress.data import Windows
-from compress.distillation import ANSWER, IGNORED, RATIONALE
+from compress.distillation import ANSWER, RATIONALE
 from compress.errors import CompressError, StartError
+from compress.examples import IGNORED
 from compress.measure.items import Request, encode, score
 from compress.progress import Progress
 from compress.text import BUILTIN, Document, documents
@@ -109,20 +110,29 @@ def answers_of(
 def _prompts(options: Answers, seed: int) -> Iterable[Line]:
     """`prompt`, and `reference` where the right answer is known."""
     if options.prompts.startswith(BUILTIN):
-        from compress.builtin import areas, items
-
-        wanted = options.samples or DEFAULT_SAMPLES
-        unknown = sorted(set(options.areas or ()) - set(areas()))
-        if unknown:
-            raise StartError(f"answers.areas: there is no {', '.join(unknown)}; allowed: {', '.join(areas())}.")
-        chosen = options.areas or areas()
-        found = [item for item in items("training", wanted, seed) if item["area"] in chosen and "good" not in item]
-        step = max(1, len(found) // wanted)
-        lines: Iterable[Document] = (Document(item, options.prompts) for item in found[::step][:wanted])
+        lines: Iterable[Document] = _builtin(options, seed)
     else:
         lines = documents(options.prompts, Path.cwd(), "training", seed)
     asked = (line for line in map(_prompt, lines) if line is not None)
     return itertools.islice(asked, options.samples)
+
+
+def _builtin(options: Answers, seed: int) -> Iterator[Document]:
+    """Different questions of the embedded model's own world, those of its training text, an area after the other."""
+    from compress.builtin.text import areas, item
+
+    unknown = sorted(set(options.areas or ()) - set(areas()))
+    if unknown:
+        raise StartError(f"answers.areas: there is no {', '.join(unknown)}; allowed: {', '.join(areas())}.")
+    wanted = options.samples or DEFAULT_SAMPLES
+    seen: set[str] = set()
+    for index in range(20 * wanted):
+        for area in options.areas or areas():
+            fields = item(area, "training", seed, index)
+            asked = str(fields.get("prompt", fields.get("question", "")))
+            if asked and asked not in seen and len(seen) < wanted:
+                seen.add(asked)
+                yield Document(fields, f"{options.prompts}:{area}:{index}")
 
 
 def _prompt(document: Document) -> Line | None:

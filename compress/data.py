@@ -3,6 +3,7 @@
 The protocol, the same for calibration and evaluation: a text becomes one stream of tokens, for every document the
 separator (the token that begins a text) and then the document's ids without special tokens. Random windows start at
 `numpy.random.RandomState(seed).randint(0, n - length - 1, samples)`; sequential ones lie end to end from the start.
+Items with an answer (completions, chats, labels) that a model is trained on stand alone, unless they are to be packed.
 
 What is a document: a line of a .jsonl file; the whole of a .txt file, as it stands (books, running text: many short
 texts belong into a .jsonl); a row of a Hugging Face dataset (`owner/name`, or `owner/name:configuration:split`).
@@ -13,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os.path
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +24,9 @@ import numpy as np
 import torch
 
 from compress.errors import CompressError, StartError
+from compress.examples import IGNORED, Example, encoded, examples_of, fitted
 from compress.recipe import DataEntry, Role
-from compress.text import BUILTIN, Document, documents, records, text_of
+from compress.text import BUILTIN, Document, checked, documents, records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,9 +44,10 @@ class Windows:
     """Token ids ready for a model.
 
     `tokens`: int64 [n, length]; `mask`: bool [n, length], false on padding, None where there is none; `fingerprint`:
-    sha256 (hex) of ids, shape and mask; `tokens_total`: tokens of the stream the windows were cut from; `documents`:
-    hashes of the documents in that stream (see `overlap`); `labels`: int64 [n, length], the ids that are to be learnt,
-    -100 elsewhere (None: all of the text), or, for a model that classifies, the class of each [n].
+    sha256 (hex) of ids, shape, mask and labels; `tokens_total`: tokens of the stream the windows were cut from;
+    `documents`: hashes of the documents in that stream (see `overlap`). `labels`, of text to train on: int64
+    [n, length], what is to be learnt, -100 elsewhere (None: all of it), or [n], the class of each. `counts`: items that
+    were `cut`, `left out` because nothing to learn was left of them, and lines `skipped` as malformed.
     """
 
     tokens: torch.Tensor
@@ -54,6 +58,7 @@ class Windows:
     mask: torch.Tensor | None = None
     documents: frozenset[bytes] = field(default=frozenset(), repr=False)
     labels: torch.Tensor | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -79,21 +84,24 @@ def token_windows(
     context: int | None,
     base: Path | None = None,
     seed: int = 0,
+    labels: Mapping[str, int] | None = None,
 ) -> Windows:
     """The windows that a data entry of a recipe asks for.
 
-    `context` is the most tokens the model takes (None: no limit); `base` is where a relative source starts from.
+    `context` is the most tokens the model takes (None: no limit); `base` is where a relative source starts from;
+    `labels`: the classes of a model that classifies, name -> index, where it is to be trained.
     Raises StartError for what cannot be (missing file, window longer than the context, no separator token),
     CompressError for what the text turns out to be (empty, too short, not UTF-8, malformed lines).
     """
     entry = entry.resolved(role, seed)
     assert entry.seed is not None
-    found = documents(entry.source, base or Path.cwd(), role, entry.seed)
-    return _windows(found, entry, role, tokenizer, context)
+    skipped: list[str] = []
+    found = documents(entry.source, base or Path.cwd(), role, entry.seed, skipped if entry.skip_bad else None)
+    return _windows(found, entry, role, tokenizer, context, labels, skipped)
 
 
 def windows_from(
-    calibration: Iterable[str] | torch.Tensor,
+    calibration: Iterable[str | Mapping[str, Any]] | torch.Tensor,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     samples: int | None = None,
@@ -101,8 +109,10 @@ def windows_from(
     seed: int = 0,
     context: int | None = None,
     role: Role = "calibration",
+    labels: Mapping[str, int] | None = None,
 ) -> Windows:
-    """Windows of texts given in Python (each a document), or of token ids [n, length], which stay as they are."""
+    """Windows of texts given in Python (each a document, or the fields of one as a line of a .jsonl file has them), or
+    of token ids [n, length], which stay as they are. `labels`: as of `token_windows`."""
     source = "python"
     if isinstance(calibration, torch.Tensor):
         ids = calibration
@@ -116,9 +126,12 @@ def windows_from(
         raise StartError(f"{role}: texts need a tokenizer: pass tokenizer=..., or token ids [samples, length].")
     if isinstance(calibration, str):
         calibration = [calibration]
-    texts = (Document({"text": text}, f"{source}:{number}") for number, text in enumerate(calibration, 1))
+    texts = (
+        Document({"text": item}, f"{source}:{number}") if isinstance(item, str) else checked(item, f"{source}:{number}")
+        for number, item in enumerate(calibration, 1)
+    )
     entry = DataEntry(source=source, samples=samples, length=length, seed=seed).resolved(role, seed)
-    return _windows(texts, entry, role, tokenizer, context)
+    return _windows(texts, entry, role, tokenizer, context, labels, [])
 
 
 def items(source: str, base: Path | None = None) -> list[dict[str, Any]]:
@@ -161,60 +174,79 @@ def _windows(
     role: Role,
     tokenizer: PreTrainedTokenizerBase,
     context: int | None,
+    labels: Mapping[str, int] | None,
+    skipped: list[str],
 ) -> Windows:
     length = entry.length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
     place = f"data.{role}" if entry.source != "python" else role
     if context and length > context:
         raise StartError(f"{place}.length: {length} tokens; the model takes at most {context}.")
-    reading = _Reading(found, entry, tokenizer, place)
-    if entry.pack:
-        tokens, total = _packed(reading, entry, length, place)
-        mask = None
-    else:
-        tokens, mask, total = _apart(reading, entry, length, place)
-    return _finished(tokens, mask, entry.source, total, role, frozenset(reading.seen))
+    if entry.pack is None:
+        first = list(itertools.islice(found, 1))
+        alone = labels is not None or (role == "training" and any(d.kind in ("completion", "messages") for d in first))
+        entry, found = entry.model_copy(update={"pack": not alone}), itertools.chain(first, found)
+    elif entry.pack and labels is not None:
+        raise StartError(f"{place}.pack: a model that classifies is trained on each text alone; leave pack out.")
+    examples = examples_of(found, tokenizer, role == "training", labels, skipped if entry.skip_bad else None)
+    reading = _Reading(examples, entry, tokenizer, place)
+    cut = _packed(reading, entry, length, place) if entry.pack else _apart(reading, entry, length, place)
+    if skipped:
+        reading.counts["skipped"] = len(skipped)
+    windows = _finished(cut.tokens, cut.mask, entry.source, cut.total, role, frozenset(reading.seen), cut.labels)
+    return replace(windows, counts=dict(reading.counts))
 
 
 def _finished(
-    tokens: torch.Tensor, mask: torch.Tensor | None, source: str, total: int, role: str, seen: frozenset[bytes]
-) -> Windows:
+    tokens: torch.Tensor, mask: torch.Tensor | None, source: str, total: int, role: str, seen: frozenset[bytes],
+    labels: torch.Tensor | None = None,
+) -> Windows:  # fmt: skip
     digest = hashlib.sha256(str(list(tokens.shape)).encode())
     digest.update(np.ascontiguousarray(tokens.numpy().astype("<i8")).tobytes())
-    if mask is not None:
-        digest.update(mask.numpy().tobytes())
-    return Windows(tokens, digest.hexdigest(), source, total, role, mask, seen)
+    for more in (mask, labels):
+        if more is not None:
+            digest.update(more.numpy().tobytes())
+    return Windows(tokens, digest.hexdigest(), source, total, role, mask, seen, labels)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Tokens int64 [n, length], mask, tokens read, labels: see `Windows`."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    total: int
+    labels: torch.Tensor | None
 
 
 class _Reading:
-    """Documents on their way through the tokenizer: hashes and counts what passes."""
+    """Examples on their way through the tokenizer: hashes and counts what passes."""
 
-    def __init__(self, found: Iterator[Document], entry: DataEntry, tokenizer: PreTrainedTokenizerBase, place: str):
+    def __init__(self, found: Iterable[Example], entry: DataEntry, tokenizer: PreTrainedTokenizerBase, place: str):
         self.entry = entry
         self.tokenizer = tokenizer
         self.seen: set[bytes] = set()
+        self.counts: Counter[str] = Counter()
         self.characters = 0
         self.known = 0  # tokens that are not special (nor, with that, the unknown one)
         self._special = np.array(tokenizer.all_special_ids, dtype=np.int32)
-        self._found = found
+        self._found = iter(found)
         # An encoder's own frame ([CLS] ... [SEP]) belongs around a document that stands alone.
         self.framed = not entry.pack and entry.separator == "bos" and tokenizer.cls_token_id is not None
         self.separator = [] if self.framed or entry.separator == "none" else [_separator(tokenizer, place)]
 
-    def __iter__(self) -> Iterator[np.ndarray[Any, np.dtype[np.int32]]]:
-        """The ids of each document, separator included."""
+    def __iter__(self) -> Iterator[_Row]:
+        """Each document, separator included."""
         while batch := list(itertools.islice(self._found, _BATCH)):
-            texts = [text_of(document, self.tokenizer) for document in batch]
-            for text, ids in zip(texts, self._ids(texts), strict=True):
-                self.characters += len(text)
-                self.seen.add(hashlib.sha256(text.encode()).digest()[:16])
-                row = np.array([*self.separator, *ids], dtype=np.int32)
+            for example, (ids, labels) in zip(batch, encoded(batch, self.tokenizer, self.framed), strict=True):
+                self.characters += len(example.text)
+                self.seen.add(hashlib.sha256(example.text.encode()).digest()[:16])
+                # A chat template may write the token that begins a text itself.
+                before = self.separator if not len(ids) or labels is None or [ids[0]] != self.separator else []
+                row = np.array([*before, *ids], dtype=np.int32)
                 self.known += int(np.isin(row, self._special, invert=True).sum())
-                yield row
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        # verbose=False: no warning about texts longer than the model's context, which are cut into windows later
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=self.framed, verbose=False)["input_ids"]
-        return ids
+                if labels is not None:
+                    labels = np.array([IGNORED] * len(before) + [*labels], dtype=np.int32)
+                yield _Row(row, labels, example.label)
 
     def check(self) -> None:
         """Raises when what was read holds no text that the tokenizer knows."""
@@ -223,6 +255,18 @@ class _Reading:
             raise CompressError(f"{source}: holds no text.")
         if not self.known:
             raise CompressError(f"{source}: the model's tokenizer knows none of its {self.characters} characters.")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One document: its ids, what of it is to be learnt (None: all), its class where it has one."""
+
+    ids: np.ndarray[Any, np.dtype[np.int32]]
+    labels: np.ndarray[Any, np.dtype[np.int32]] | None
+    label: int | None
+
+    def learnt(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        return self.ids if self.labels is None else self.labels
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase, place: str) -> int:
@@ -234,8 +278,8 @@ def _separator(tokenizer: PreTrainedTokenizerBase, place: str) -> int:
     )
 
 
-def _packed(reading: _Reading, entry: DataEntry, length: int, place: str) -> tuple[torch.Tensor, int]:
-    """(int64 [n, length], tokens in the stream) cut from all documents in one stream."""
+def _packed(reading: _Reading, entry: DataEntry, length: int, place: str) -> _Cut:
+    """Windows cut from all documents in one stream."""
     random, samples = entry.sampling == "random", entry.samples
     if random and samples is None:
         raise StartError(f"{place}.samples: random windows need a number of them.")
@@ -243,14 +287,14 @@ def _packed(reading: _Reading, entry: DataEntry, length: int, place: str) -> tup
     if random and enough is not None:
         kind = "builtin" if entry.source.startswith(BUILTIN) else "local" if _local(entry.source) else "hub"
         enough = None if kind == "local" else _ENOUGH[kind] * enough + length + 2
-    parts, total = [], 0
-    for ids in reading:
-        parts.append(ids)
-        total += len(ids)
+    parts: list[_Row] = []
+    total = 0
+    for row in reading:
+        parts.append(row)
+        total += len(row.ids)
         if enough is not None and total >= enough:
             break
     reading.check()
-    stream = np.concatenate(parts)
     needed = length + 2 if random else length * (samples or 1)
     if total < needed:
         windows = "one random window" if random else f"{samples or 1} x {length}"
@@ -261,43 +305,71 @@ def _packed(reading: _Reading, entry: DataEntry, length: int, place: str) -> tup
     if random:
         assert samples is not None
         starts = np.random.RandomState(entry.seed).randint(0, total - length - 1, samples)
-        cut = np.stack([stream[start : start + length] for start in starts])
     else:
-        count = samples or total // length
-        cut = stream[: count * length].reshape(count, length)
-    return torch.from_numpy(cut.astype(np.int64)), total
+        starts = np.arange(samples or total // length) * length
+
+    def cut(stream: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([stream[start : start + length] for start in starts]).astype(np.int64))
+
+    tokens = cut(np.concatenate([row.ids for row in parts]))
+    if all(row.labels is None for row in parts):
+        return _Cut(tokens, None, total, None)
+    return _Cut(tokens, None, total, cut(np.concatenate([row.learnt() for row in parts])))
 
 
 def _local(source: str) -> bool:
     return source == "python" or Path(source).suffix.lower() in (".txt", ".jsonl") or os.path.exists(source)
 
 
-def _apart(reading: _Reading, entry: DataEntry, length: int, place: str) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(int64 [n, length], mask, tokens read): each document alone, cut at `length`, padded on the right.
+def _apart(reading: _Reading, entry: DataEntry, length: int, place: str) -> _Cut:
+    """Each document alone, cut at `length`, padded on the right.
 
     Random sampling draws documents without replacement. Windows are as wide as the longest of them.
     """
     endless = entry.source.startswith(BUILTIN) or not _local(entry.source)
     stop = entry.samples if entry.sampling == "sequential" or endless else None
-    rows = list(itertools.islice((ids for ids in reading if len(ids) > len(reading.separator)), stop))
+    kept = (_shortened(row, reading, length) for row in reading if len(row.ids) > len(reading.separator))
+    rows = list(itertools.islice((row for row in kept if row is not None), stop))
     reading.check()
-    if entry.samples is not None and len(rows) < entry.samples:
+    if not rows or (entry.samples is not None and len(rows) < entry.samples):
         raise CompressError(
-            f"{entry.source}: too short: {len(rows)} documents, {entry.samples} are asked for. "
+            f"{entry.source}: too short: {len(rows)} documents, {entry.samples or 1} are asked for. "
             f"Give {place} more text, or set {place}.samples to {len(rows)}."
         )
-    total = sum(len(row) for row in rows)
+    total = sum(len(row.ids) for row in rows)
     if entry.sampling == "random":
         order = np.random.RandomState(entry.seed).permutation(len(rows))[: entry.samples]
         rows = [rows[index] for index in order]
-    # An encoder's last token closes its frame, so it is kept where a document is cut.
-    cut = [np.concatenate([row[: length - 1], row[-1:]]) if reading.framed else row[:length] for row in rows]
-    kept = [row if len(row) <= length else short for row, short in zip(rows, cut, strict=True)]
-    width = max(len(row) for row in kept)
     padding = reading.tokenizer.pad_token_id
-    tokens = torch.full((len(kept), width), 0 if padding is None else int(padding), dtype=torch.int64)
-    mask = torch.zeros((len(kept), width), dtype=torch.bool)
-    for index, row in enumerate(kept):
+    tokens, mask = _padded([row.ids for row in rows], 0 if padding is None else int(padding))
+    labels = None
+    if any(row.label is not None for row in rows):
+        labels = torch.tensor([row.label for row in rows])
+    elif any(row.labels is not None for row in rows):
+        labels, _ = _padded([row.learnt() for row in rows], IGNORED)
+    return _Cut(tokens, mask, total, labels)
+
+
+def _shortened(row: _Row, reading: _Reading, length: int) -> _Row | None:
+    """The document at most `length` tokens long; None where nothing is left of it to learn."""
+    if len(row.ids) <= length:
+        return row
+    reading.counts["cut"] += 1
+    if reading.framed:  # an encoder's last token closes its frame, so it is kept
+        return replace(row, ids=np.concatenate([row.ids[: length - 1], row.ids[-1:]]))
+    ids, labels = fitted(row.ids, row.labels, length, len(reading.separator))
+    if labels is not None and not (labels != IGNORED).any():
+        reading.counts["left out"] += 1
+        return None
+    return replace(row, ids=ids, labels=labels)
+
+
+def _padded(rows: list[np.ndarray[Any, np.dtype[np.int32]]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int64 [n, width], mask): rows padded on the right to the longest of them."""
+    width = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), width), padding, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
         tokens[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
         mask[index, : len(row)] = True
-    return tokens, mask, total
+    return tokens, mask

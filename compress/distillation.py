@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from compress.examples import IGNORED
 from compress.losses import KL, Attention, Hidden, Labels, Loss
 from compress.maths.divergence import TopK, divergence, sliced, top_k
 from compress.teacher_cache import Kept, Said, TeacherCache, restored
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from compress.data import Windows
 
-IGNORED = -100
+
 #: Tasks of a row of text: to answer, or to give reasons.
 ANSWER, RATIONALE = 0, 1
 
@@ -39,7 +40,7 @@ class Taught(Dataset):  # type: ignore[misc]
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item = {"input_ids": self.windows.tokens[index]}
+        item = {"row": torch.tensor(index), "input_ids": self.windows.tokens[index]}
         if self.windows.mask is not None:
             item["attention_mask"] = self.windows.mask[index].long()
         if self.windows.labels is not None:

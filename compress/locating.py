@@ -55,3 +55,11 @@ def context_length(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def classes_of(config: Any) -> dict[str, int] | None:
+    """The classes of a model that classifies texts, name -> index; None for any other model."""
+    names = getattr(config, "architectures", None) or []
+    if not names or not str(names[0]).endswith("ForSequenceClassification"):
+        return None
+    return {str(name): int(index) for name, index in config.label2id.items()}

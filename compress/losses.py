@@ -129,10 +129,13 @@ class StudentOptions(BaseModel):
         "indices, counted from 0.",
     )
     intermediate_size: int | str | None = Field(
-        default=None, description="What remains of each MLP: a number of channels or a percentage."
+        default=None, description="What remains of each MLP, as `width` takes it: a number of channels or a percentage."
+    )
+    heads: int | str | None = Field(
+        default=None, description="Query heads of each block that remain, as `width` takes it."
     )
 
-    @field_validator("layers", "intermediate_size")
+    @field_validator("layers", "intermediate_size", "heads")
     @classmethod
     def _amount(cls, value: Any) -> Any:
         if isinstance(value, list):

@@ -189,6 +189,8 @@ class ModelHandle:
         self.states: set[str] = {"dense"}
         #: Where blocks were last written, when they are not in memory (a `Stage`).
         self.latest: Any = None
+        #: The adapter (`compress.adapters.Adapter`) that belongs beside the model, which itself is the base.
+        self.adapter: Any = None
         self.live_blocks = 0
         if not self.stacks:
             raise StartError(

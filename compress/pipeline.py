@@ -203,7 +203,7 @@ def _report(recipe: Recipe, ready: Prepared, stages: list[Stage], verified: Veri
     threads = torch.get_num_threads()
     texts = {"calibration": ready.calibration, "training": ready.training, "evaluation": ready.evaluation}
     data = {
-        role: {"source": w.source, "fingerprint": w.fingerprint, "windows": len(w.tokens), "length": w.tokens.shape[1]}
+        role: {"source": w.source, "fingerprint": w.fingerprint, "windows": len(w), "length": w.length, **w.counts}
         for role, w in texts.items()
         if w is not None
     }

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compress.data import Windows, items, overlap, token_windows, windows_from
 from compress.errors import StartError
-from compress.locating import context_length, locate
+from compress.locating import classes_of, context_length, locate
 from compress.measure.measurements import BenchmarkJob
 from compress.opening import read_config, read_tokenizer, refuse_quantized
 from compress.planning import Plan, plan, refuse
@@ -71,11 +71,23 @@ def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
         )
     if training is not None and recipe.data.training is None:
         notes.append("There is no data.training, so the calibration text was trained on: it is little.")
+    notes += [note for role, windows in texts.items() if (note := _left_out(role, windows))]
     probe = _probe(evaluation or calibration, config, recipe.seed)
     return Prepared(
         folder, output, device, tokenizer, calibration, training, evaluation, probe, job, predicted, fingerprints,
         tuple(notes),
     )  # fmt: skip
+
+
+def _left_out(role: str, windows: Windows) -> str | None:
+    """A sentence on what of a text did not make it into its windows whole, or None."""
+    words = {
+        "cut": "longer than a window and cut",
+        "left out": "left out, since nothing to learn was left of them",
+        "skipped": "malformed and skipped",
+    }
+    said = [f"{windows.counts[key]} {text}" for key, text in words.items() if windows.counts.get(key)]
+    return f"data.{role}: of its items, {'; '.join(said)}." if said else None
 
 
 def check_device(device: str) -> str:
@@ -114,7 +126,8 @@ def cut_texts(
             continue
         if tokenizer is None:
             raise StartError(f"data.{role}: the model's folder holds no tokenizer, so text cannot be cut into tokens.")
-        found[role] = token_windows(entry, role, tokenizer, context_length(config), base, seed)
+        labels = classes_of(config) if role == "training" else None
+        found[role] = token_windows(entry, role, tokenizer, context_length(config), base, seed, labels)
     return found
 
 

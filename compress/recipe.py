@@ -55,10 +55,13 @@ class DataEntry(_Section):
     """What stands before each document: the token that begins a text, or nothing."""
     sampling: Literal["random", "sequential"] | None = None
     """Windows at random places, or one after the other from the start. Calibration: random; otherwise sequential."""
-    pack: bool = True
-    """Cut windows from all documents in one stream; false: each document alone, cut at `length`."""
+    pack: bool | None = None
+    """Cut windows from all documents in one stream; false: each document alone, cut at `length`. Default: true; of
+    training text, where items have an answer (completion, messages, label), false."""
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
     """Draws the random windows and generates builtin text. Default: the recipe's seed."""
+    skip_bad: bool = False
+    """Leave out malformed lines, and count them, instead of refusing the file."""
 
     def resolved(self, role: Role, seed: int) -> DataEntry:
         """The entry with the defaults of its role filled in; `length` stays, since it depends on the model."""
@@ -69,6 +72,7 @@ class DataEntry(_Section):
                 "samples": samples if self.samples is None else self.samples,
                 "sampling": self.sampling or ("random" if role == "calibration" else "sequential"),
                 "seed": seed if self.seed is None else self.seed,
+                "pack": True if self.pack is None and role != "training" else self.pack,
             }
         )
 

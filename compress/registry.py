@@ -94,6 +94,7 @@ PASSES = Registry(
         "hqq": "compress.passes.hqq:HQQ",
         "kv_cache": "compress.passes.kv_cache:KVCache",
         "llm_qat": "compress.passes.llm_qat:LLMQAT",
+        "lora": "compress.passes.lora:LoRA",
         "magnitude": "compress.passes.magnitude:Magnitude",
         "quantize": "compress.passes.quantize:Quantize",
         "rotate": "compress.passes.rotate:Rotate",

@@ -51,6 +51,8 @@ class ModelShape:
         self.dtype = dtype
         self._look()
         self.original_bytes = self.dense_bytes
+        #: Tokens of a window of training text, and bytes of the adapter beside the model.
+        self.window, self.adapter_bytes = min(256, self.context), 0
         self.packed_bytes = 0
         #: Whether plain transformers expands the packed layers to run them; bitsandbytes' it runs as they are.
         self.expands = False

@@ -72,10 +72,12 @@ def _removing(model: ModelHandle, options: StudentOptions) -> list[Pass]:
         found.append(Depth(drop=drop))
     elif options.layers is not None:
         found.append(Depth(layers=amount(options.layers, count)))
-    if options.intermediate_size is not None:
+    narrower = {"intermediate_size": options.intermediate_size, "heads": options.heads}
+    narrower = {name: size for name, size in narrower.items() if size is not None}
+    if narrower:
         if "width" not in PASSES:
-            raise StartError("distill: student.intermediate_size: there is no pass here that narrows a model's layers.")
-        found.append(PASSES.get("width")(intermediate_size=options.intermediate_size))
+            raise StartError(f"distill: student.{min(narrower)}: there is no pass here that narrows a model's layers.")
+        found.append(PASSES.get("width")(**narrower))
     return found
 
 
@@ -108,6 +110,8 @@ def _config(path: Path) -> PretrainedConfig:
 def _resize(config: PretrainedConfig, options: StudentOptions) -> None:
     """The sizes that the options name, in a config of a model that has no weights yet."""
     text = config.get_text_config()
+    if options.heads is not None:
+        raise StartError("distill: student.heads is for the model's own weights: give fresh ones a config.json.")
     if options.layers is not None:
         given, count = options.layers, text.num_hidden_layers
         keep = given if isinstance(given, list) else list(range(amount(given, count)))

@@ -124,6 +124,8 @@ def small_options(cls: type[Pass]) -> dict[str, Any]:
         return {"layers": 2}
     if cls.name == "distill":  # two of three blocks, or there would be nothing to learn
         return {"tokens": 512, "student": {"layers": 2}}
+    if cls.name == "lora":
+        return {"learn_from": "original", "init_lora_weights": "pissa", "r": 4, "tokens": 512}
     small = {"group_size": 16, "tokens": 512, "iterations": 10, "preset": "fast"}
     return {name: value for name, value in small.items() if name in cls.model_fields}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os.path
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ KINDS = {
     "completion": ("prompt", "completion"),
     "text": ("text",),
 }
+#: Malformed lines that are named in full.
+MOST_NAMED = 5
 _ALLOWED = "text; prompt + completion; messages; text + label; question + choices + label; good + bad"
 
 
@@ -65,23 +67,32 @@ class Document:
 def text_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
     """The document's text; messages are laid out by the tokenizer's chat template."""
     text = document.text
-    if text is not None:
-        return text
+    return chat_text(document, tokenizer, list(document.fields["messages"])) if text is None else text
+
+
+def chat_text(
+    document: Document, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], answer: bool = False
+) -> str:
+    """Messages (of a document, or some of them) laid out by the chat template; `answer`: up to where the assistant's
+    answer would begin."""
     if not getattr(tokenizer, "chat_template", None):
         raise CompressError(
             f"{document.origin}: messages need a chat template, and this model's tokenizer has none. Give text instead."
         )
     try:
-        laid_out = tokenizer.apply_chat_template(list(document.fields["messages"]), tokenize=False)
+        laid_out = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
     except Exception as error:  # a template is a program of the model's author: it may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise CompressError(f"{document.origin}: the tokenizer's chat template refuses them ({reason}).") from error
     return str(laid_out)
 
 
-def documents(source: str, base: Path, role: str = "calibration", seed: int = 0) -> Iterator[Document]:
+def documents(
+    source: str, base: Path, role: str = "calibration", seed: int = 0, skipped: list[str] | None = None
+) -> Iterator[Document]:
     """The documents of a data source, one by one; those of `builtin:` sources never end.
 
+    `skipped`: a list that malformed lines are left out into, a sentence each; None: they are refused.
     Raises StartError for a source that is not there, CompressError for content that is no text.
     """
     if source.startswith(BUILTIN):
@@ -99,7 +110,7 @@ def documents(source: str, base: Path, role: str = "calibration", seed: int = 0)
     if path.suffix.lower() == ".txt":
         return _whole(_existing(path))
     if path.suffix.lower() == ".jsonl":
-        return _lines(_existing(path))
+        return _lines(_existing(path), skipped)
     if os.path.exists(path):
         raise StartError(f"{path} is neither a .txt nor a .jsonl file.")
     return _hub(source, role)
@@ -111,7 +122,7 @@ def records(source: str, base: Path) -> Iterator[Document]:
         from compress.builtin import items as generated
 
         for number, fields in enumerate(generated(), 1):
-            yield _checked(fields, f"{source}:{number}")
+            yield checked(fields, f"{source}:{number}")
     else:
         path = base / os.path.expanduser(source)
         if path.suffix.lower() != ".jsonl":
@@ -142,17 +153,34 @@ def _whole(path: Path) -> Iterator[Document]:
     yield Document({"text": _decoded(content, path, 0)}, f"{path}:1")
 
 
-def _lines(path: Path) -> Iterator[Document]:
+def _lines(path: Path, skipped: list[str] | None = None) -> Iterator[Document]:
+    """The lines of a .jsonl file. Malformed ones go into `skipped`, or all together are refused."""
+    bad: list[str] = [] if skipped is None else skipped
     offset = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 text = _decoded(line, path, offset)
                 offset += len(line)
-                if text := text.strip():
-                    yield _checked(_json(text, f"{path}:{number}"), f"{path}:{number}")
+                if not (text := text.strip()):
+                    continue
+                try:
+                    document = checked(_json(text, f"{path}:{number}"), f"{path}:{number}")
+                except CompressError as error:
+                    bad.append(str(error))
+                    continue
+                if skipped is not None or not bad:  # once there is one to refuse, only others like it matter
+                    yield document
+            if bad and skipped is None:
+                raise CompressError(refusal(bad))
     except OSError as error:
         raise CompressError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def refusal(bad: Sequence[str]) -> str:
+    """One message for malformed lines: the first few in full."""
+    more = f"\nand {len(bad) - MOST_NAMED} more." if len(bad) > MOST_NAMED else ""
+    return "\n".join(bad[:MOST_NAMED]) + more + "\nskip_bad: true leaves such lines out."
 
 
 def _json(text: str, origin: str) -> Any:
@@ -166,7 +194,7 @@ def _json(text: str, origin: str) -> Any:
         raise CompressError(f"{origin}: not a line of JSON: {reason}{at}: {yaml_words(text)}.") from None
 
 
-def _checked(fields: Any, origin: str) -> Document:
+def checked(fields: Any, origin: str) -> Document:
     """The document of one line's fields, of which a known set must be complete and of the right types."""
     if not isinstance(fields, dict):
         raise CompressError(f"{origin}: {yaml_words(fields)} is not a mapping of fields; allowed: {_ALLOWED}.")
@@ -231,7 +259,7 @@ def _hub(source: str, role: str) -> Iterator[Document]:
     def read() -> Iterator[Document]:
         try:
             for number, row in enumerate(rows, 1):
-                yield _checked(dict(row), f"{source}:{chosen}:{number}")
+                yield checked(dict(row), f"{source}:{chosen}:{number}")
         except CompressError:
             raise
         except Exception as error:  # network and parser errors of many kinds

@@ -1,12 +1,17 @@
 """The one training path: transformers' Trainer, on accelerate, for every pass that learns by gradients.
 
-What is trained is an *objective*: a module whose forward takes a batch and returns the loss. Checkpoints hold what is
-trained and the optimizer's state, nothing else, and are taken by the clock; a run that was killed goes on from the last
-whole one and ends with the same weights, since nothing it computes depends on when they were taken.
+What is trained is an *objective*: a module whose forward takes a batch and returns the loss, a mean over what counts in
+that batch. Checkpoints hold what is trained and the optimizer's state, nothing else, and are taken by the clock; a run
+that was killed goes on from the last whole one and ends with the same weights, since nothing it computes depends on
+when they were taken.
+
+A step's gradient is that of the mean over all that counts in its `batch_size` windows, however these are shared out to
+micro-batches and to processes (`accelerate launch`): each part is weighed by what counts in it.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -32,10 +37,12 @@ from transformers import (
 from transformers.utils import logging
 
 from compress.data import Windows
-from compress.errors import CompressError
+from compress.errors import CompressError, StartError
+from compress.examples import IGNORED
+from compress.processes import process_count
 from compress.progress import Progress, Step
 
-_TRAINED, _LOSSES, _STATE = "trained.safetensors", "losses.json", "trainer_state.json"
+_TRAINED, _BEST, _LOSSES, _STATE = "trained.safetensors", "best.safetensors", "losses.json", "trainer_state.json"
 #: Seconds between checkpoints: what a killed run loses at most.
 CHECKPOINT_SECONDS = 60.0
 
@@ -51,7 +58,10 @@ class Group:
 @dataclass(frozen=True)
 class Schedule:
     """How long and in what portions. `batch_size` windows a step; the learning rate rises over `warmup` steps and falls
-    to 0 by a cosine. `bf16`: matrix products in bfloat16, weights and optimizer in float32. `betas`: AdamW's."""
+    to 0 by a cosine. `bf16`: matrix products in bfloat16, weights and optimizer in float32. `betas`: AdamW's.
+    `accumulation`: micro-batches that a step's windows are computed in, one after the other. `evaluate_every`: steps
+    between evaluations on held-out text (0: none); after `patience` of them without a better one training ends (0: it
+    never does)."""
 
     steps: int
     batch_size: int
@@ -61,13 +71,19 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
+    accumulation: int = 1
+    evaluate_every: int = 0
+    patience: int = 0
 
 
 @dataclass(frozen=True)
 class Training:
-    """What came of it: the loss of each step."""
+    """What came of it: the loss of each step; the loss on held-out text, `{"step", "loss"}`, from step 0 on, and the
+    step whose weights were kept (None: those of the last)."""
 
     losses: list[float] = field(repr=False)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    best_step: int | None = None
 
     def summary(self, points: int = 20) -> list[dict[str, float]]:
         """Mean losses of `points` stretches of equal length: `step` is the last of each."""
@@ -87,14 +103,17 @@ def train(
     device: str | torch.device = "cpu",
     folder: Path | None = None,
     progress: Progress | None = None,
+    held_out: Windows | None = None,
 ) -> Training:
     """Trains the parameters of `groups` in place, all others staying as they are.
 
     `objective(input_ids=..., attention_mask=...)` gives the mean loss of a batch of windows [batch, length], the mask
-    only where the windows have one; the items of any other `Dataset`, mappings of tensors, are given to it as they are.
-    Windows are shuffled anew each epoch by `schedule.seed`. `folder` is where checkpoints are kept (None: nowhere), and
-    where a killed run finds them; it is removed by the caller. CompressError with the step where the loss is not
-    finite.
+    only where the windows have one; one whose forward takes `labels` gets those of the windows. The items of any other
+    `Dataset`, mappings of tensors with their `row`, are given to it as they are. Windows are shuffled anew each epoch
+    by `schedule.seed`. `folder` is where checkpoints are kept (None: nowhere), and where a killed run finds them; it is
+    removed by the caller. `held_out`: windows that are evaluated on, from before the first step; the weights of the
+    best evaluation are kept. CompressError with step and batch where the loss is not finite, StartError where the
+    windows of a step cannot be shared out evenly.
     """
     objective.requires_grad_(False)
     for group in groups:
@@ -102,12 +121,15 @@ def train(
             parameter.requires_grad_(True)
     with _folder(folder) as kept, (progress or Progress()).step(title, total=schedule.steps) as step, _quiet():
         trainer = _Trainer(objective, groups, windows, schedule, kept, title, str(device), folder is not None)
+        trainer.held_out = held_out if schedule.evaluate_every else None
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watch(trainer, step, folder is not None))
         latest = _latest(kept)
-        trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        if latest is None or not trainer.ended_at(latest):
+            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        trainer.take_best()
     objective.requires_grad_(False)
-    return Training(trainer.losses)
+    return Training(trainer.losses, trainer.evaluations, trainer.best_step)
 
 
 def bf16_is_fast(device: str | torch.device) -> bool:
@@ -125,10 +147,23 @@ class _WindowsDataset(Dataset):  # type: ignore[misc]
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item = {"input_ids": self.windows.tokens[index]}
+        item = {"row": torch.tensor(index), "input_ids": self.windows.tokens[index]}
         if self.windows.mask is not None:
             item["attention_mask"] = self.windows.mask[index].long()
+        if self.windows.labels is not None:
+            item["labels"] = self.windows.labels[index]
         return item
+
+
+def _batch(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Windows together, without the columns that are padding in all of them."""
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    if "attention_mask" in batch:
+        width = max(1, int(batch["attention_mask"].sum(1).max()))
+        length = batch["input_ids"].shape[1]
+        by_token = {name for name, tensor in batch.items() if tensor.dim() > 1 and tensor.shape[1] == length}
+        batch = {name: tensor[:, :width] if name in by_token else tensor for name, tensor in batch.items()}
+    return batch
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
@@ -137,17 +172,35 @@ class _Trainer(Trainer):  # type: ignore[misc]
         folder: Path, title: str, device: str, keeps: bool,
     ):  # fmt: skip
         self.groups, self.schedule, self.title = groups, schedule, title
+        self.objective = objective
+        self.takes_labels = "labels" in inspect.signature(objective.forward).parameters
         self.losses: list[float] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.held_out: Windows | None = None
+        self.best: dict[str, Tensor] = {}
+        self.parts: list[Tensor] = []  # the losses of this step's micro-batches, each weighed by what counts in it
+        self.tokens = 0
+        self.processes = process_count()
+        size, rest = divmod(schedule.batch_size, schedule.accumulation * self.processes)
+        if rest or not size:
+            raise StartError(
+                f"{title}: batch_size {schedule.batch_size} cannot be shared out evenly to {self.processes} processes "
+                f"and {schedule.accumulation} micro-batches each: use a multiple of "
+                f"{schedule.accumulation * self.processes}."
+            )
         arguments = TrainingArguments(
-            output_dir=str(folder), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch_size,
+            output_dir=str(folder), max_steps=schedule.steps, per_device_train_batch_size=size,
+            gradient_accumulation_steps=schedule.accumulation,
             seed=schedule.seed, data_seed=schedule.seed, bf16=schedule.bf16, use_cpu=device == "cpu",
             max_grad_norm=schedule.max_grad_norm, save_strategy="no", save_total_limit=1 if keeps else None,
             logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
-            dataloader_pin_memory=device != "cpu", label_names=[],
+            dataloader_pin_memory=device != "cpu", label_names=[], ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,
         )  # fmt: skip
-        texts = _WindowsDataset(windows) if isinstance(windows, Windows) else windows
-        super().__init__(model=objective, args=arguments, train_dataset=texts)
-        self.model_accepts_loss_kwargs = False
+        self.whole = not isinstance(windows, Windows)  # whether the objective takes all that an item holds
+        texts = windows if self.whole else _WindowsDataset(windows)
+        super().__init__(model=objective, args=arguments, train_dataset=texts, data_collator=_batch)
+        self.model_accepts_loss_kwargs = True  # what `compute_loss` gives needs no dividing by the micro-batches
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         groups = [{"params": list(group.parameters), "lr": group.learning_rate} for group in self.groups]
@@ -165,22 +218,97 @@ class _Trainer(Trainer):  # type: ignore[misc]
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """What counts in all micro-batches of a step, of all processes."""
+        if not batch_samples:
+            return None
+        count = torch.tensor(sum(self._counted(batch) for batch in batch_samples), device=device)
+        return self.accelerator.reduce(count, "sum") if self.processes > 1 else count
+
+    def _counted(self, batch: dict[str, Tensor]) -> int:
+        """What the mean of a batch's loss is over."""
+        labels, mask = batch.get("labels") if self.takes_labels else None, batch.get("attention_mask")
+        if labels is not None:
+            return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
+        return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        known = ("input_ids", "attention_mask", *(["labels"] if self.takes_labels else []))
+        given = {name: t for name, t in batch.items() if name in known or (self.whole and name != "row")}
+        loss: Tensor = model(**given)
+        return loss
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        return model(**inputs)
+        loss = self._loss(model, inputs)
+        if not bool(torch.isfinite(loss.detach())):
+            step, part = self.state.global_step + 1, len(self.parts) + 1
+            of = f" of {self.schedule.accumulation}" if self.schedule.accumulation > 1 else ""
+            raise CompressError(
+                f"{self.title}: the loss of step {step} is {float(loss.detach())}, in batch {part}{of}: windows "
+                f"{', '.join(map(str, inputs['row'].tolist()))} of the training text. Lower learning_rate, or look at "
+                "that text."
+            )
+        self.tokens += inputs["input_ids"].numel() * self.processes
+        return loss * (self._counted(inputs) * self.processes / max(int(num_items_in_batch), 1))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        value = float(loss)
-        if value != value or value in (float("inf"), float("-inf")):
-            step = self.state.global_step + 1
-            raise CompressError(
-                f"{self.title}: the loss of step {step} is {value}. Lower learning_rate, or look at the text of the "
-                f"batch (windows of seed {self.schedule.seed})."
-            )
-        self.losses.append(value)
+        self.parts.append(loss)
         return loss
+
+    def end_step(self) -> float:
+        """Notes the loss of the step that is done, of all micro-batches and processes."""
+        total = torch.stack(self.parts).sum()
+        self.parts = []
+        self.losses.append(float(self.accelerator.reduce(total, "mean") if self.processes > 1 else total))
+        return self.losses[-1]
+
+    @torch.no_grad()
+    def evaluate_held_out(self, step: int) -> float:
+        """The loss on the held-out windows; the weights are kept where it is the lowest so far."""
+        assert self.held_out is not None
+        self.objective.eval()
+        data, lost, count = _WindowsDataset(self.held_out), 0.0, 0
+        size = int(self.args.per_device_train_batch_size)
+        for start in range(0, len(data), size):
+            batch = _batch([data[index] for index in range(start, min(start + size, len(data)))])
+            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            with self.compute_loss_context_manager():
+                counted = self._counted(batch)
+                lost, count = lost + float(self._loss(self.objective, batch)) * counted, count + counted
+        loss = lost / max(count, 1)
+        if not self.evaluations or loss < min(entry["loss"] for entry in self.evaluations):
+            self.best = {name: p.detach().clone() for name, p in self._trained()}
+        self.evaluations.append({"step": step, "loss": loss})
+        return loss
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest loss on held-out text."""
+        if not self.evaluations:
+            return None
+        return int(min(self.evaluations, key=lambda entry: entry["loss"])["step"])
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last `patience` evaluations brought nothing."""
+        patience, best = self.schedule.patience, self.best_step
+        later = [entry for entry in self.evaluations if best is not None and entry["step"] > best]
+        return bool(patience) and len(later) >= patience
+
+    def ended_at(self, checkpoint: Path) -> bool:
+        """Whether training ended early at this checkpoint; then it is as it was there."""
+        self._load_from_checkpoint(str(checkpoint))
+        return self.exhausted
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Back to the weights of the best evaluation."""
+        for name, parameter in self._trained():
+            if name in self.best:
+                parameter.copy_(self.best[name])
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What is trained and the losses so far; the Trainer adds its own state, last of all `trainer_state.json`."""
@@ -188,14 +316,20 @@ class _Trainer(Trainer):  # type: ignore[misc]
         os.makedirs(output_dir, exist_ok=True)
         trained = {name: p.detach().contiguous() for name, p in self._trained()}
         save_file(trained, os.path.join(output_dir, _TRAINED))
-        Path(output_dir, _LOSSES).write_text(json.dumps(self.losses), encoding="utf-8")
+        if self.best:
+            save_file({n: t.contiguous() for n, t in self.best.items()}, os.path.join(output_dir, _BEST))
+        said = {"losses": self.losses, "evaluations": self.evaluations}
+        Path(output_dir, _LOSSES).write_text(json.dumps(said), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         stored = load_file(os.path.join(resume_from_checkpoint, _TRAINED))
         with torch.no_grad():
             for name, parameter in self._trained():
                 parameter.copy_(stored[name])
-        self.losses = json.loads(Path(resume_from_checkpoint, _LOSSES).read_text(encoding="utf-8"))
+        said = json.loads(Path(resume_from_checkpoint, _LOSSES).read_text(encoding="utf-8"))
+        self.losses, self.evaluations = said["losses"], said["evaluations"]
+        if os.path.exists(os.path.join(resume_from_checkpoint, _BEST)):
+            self.best = load_file(os.path.join(resume_from_checkpoint, _BEST), device=str(self.args.device))
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return (
@@ -204,18 +338,29 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Shows the progress, and asks for a checkpoint by the clock."""
+    """After each step: its loss, progress, evaluation where it is due, and a checkpoint by the clock."""
 
     def __init__(self, trainer: _Trainer, step: Step, keeps: bool):
         self.trainer, self.step, self.keeps = trainer, step, keeps
-        self.saved = time.monotonic()
+        self.saved = self.begun = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = time.monotonic()
         if state.global_step:
             self.step.advance(parts=state.global_step)
+        elif self.trainer.held_out is not None:
+            self.trainer.evaluate_held_out(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.step.advance(f"loss {self.trainer.losses[-1]:.4f}")
+        trainer, schedule = self.trainer, self.trainer.schedule
+        loss = trainer.end_step()
+        speed = trainer.tokens / max(time.monotonic() - self.begun, 1e-9)
+        last = f", held out {trainer.evaluations[-1]['loss']:.4f}" if trainer.evaluations else ""
+        self.step.advance(f"loss {loss:.4f}{last}, {speed:,.0f} tokens/s")
+        due = schedule.evaluate_every and state.global_step % schedule.evaluate_every == 0
+        if trainer.held_out is not None and (due or state.global_step == schedule.steps):
+            trainer.evaluate_held_out(state.global_step)
+            control.should_training_stop = control.should_training_stop or trainer.exhausted
         if self.keeps and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
             control.should_save = True
             self.saved = time.monotonic()

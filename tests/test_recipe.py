@@ -308,7 +308,7 @@ def test_any_values_make_a_recipe_or_are_refused_with_a_recipe_error(values: dic
         (tiny(data=["x.txt"]), 'data: ["x.txt"] is not allowed; allowed: a mapping of calibration, evaluation, training.'),
         (tiny(data={"calibratoin": "x"}), 'data.calibratoin: unknown key; allowed: calibration, evaluation, training. Did you mean "calibration"?'),
         (tiny(data={"calibration": 3}), "data.calibration: 3 is not allowed; allowed: a source, or a mapping with one."),
-        (tiny(data={"calibration": {"sample": 3}}), 'data.calibration.sample: unknown key; allowed: source, samples, length, separator, sampling, pack, seed. Did you mean "samples"?'),
+        (tiny(data={"calibration": {"sample": 3}}), 'data.calibration.sample: unknown key; allowed: source, samples, length, separator, sampling, pack, seed, skip_bad. Did you mean "samples"?'),
         (tiny(data={"calibration": {"samples": 0}}), "data.calibration.samples: 0 is not allowed; allowed: a whole number of 1 or more or null."),
         (tiny(data={"calibration": {"separator": "sep"}}), 'data.calibration.separator: "sep" is not allowed; allowed: bos, none.'),
         ({"model": "a/b", "data": {"calibration": {"samples": 3}}}, "data.calibration.source: is missing. `builtin:<name>`, a local .txt or .jsonl file, or a Hugging Face dataset id."),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from compress.measure.items import Item, score_items
 from compress.measure.statistics import areas_difference
@@ -13,7 +14,11 @@ from compress.measure.statistics import areas_difference
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from compress.data import Windows
+
 Scores = dict[str, list[int]]
+#: Tokens in one forward.
+TOKENS = 4096
 
 
 def area_scores(
@@ -21,6 +26,22 @@ def area_scores(
 ) -> Scores:
     """1 for each item answered right, 0 for each other, by area."""
     return {area: score_items(model, tokenizer, items, context=context) for area, items in tasks.items()}
+
+
+@torch.no_grad()
+def class_scores(model: PreTrainedModel, windows: Windows) -> Scores:
+    """1 for each text whose class the model says, 0 for each other; `windows.labels` are the classes."""
+    assert windows.labels is not None
+    right: list[int] = []
+    size = max(1, TOKENS // windows.length)
+    for start in range(0, len(windows), size):
+        part = windows.select(torch.arange(start, min(start + size, len(windows))))
+        assert part.labels is not None
+        text = {"input_ids": part.tokens.to(model.device)}
+        if part.mask is not None:
+            text["attention_mask"] = part.mask.long().to(model.device)
+        right += (model(**text).logits.argmax(-1).cpu() == part.labels).int().tolist()
+    return {"classes": right}
 
 
 def summarised(scores: Mapping[str, Scores], seed: int = 0) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class BnbLinear(QuantLinear):
         statistics = {name: tensor.clone() for name, tensor in stored.items() if name != "weight"}
         return load_bitsandbytes().functional.QuantState.from_dict(statistics, stored["weight"].device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], by bitsandbytes' own layer on a copy of what is stored."""
         layers, stored = load_bitsandbytes().nn, self.stored()
         codes = stored["weight"].clone()

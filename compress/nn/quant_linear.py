@@ -7,7 +7,7 @@ Its buffers carry the names and layouts of compressed-tensors' formats (`pack-qu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +191,13 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         return weight.t() if self.transposed else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], computed in the dtype of x."""
+        """x [..., in] -> [..., out], computed in the dtype of x. Gradients reach x, not the weight."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _Frozen.apply(x, self))
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """`forward`, without a gradient."""
         return kernels.choose(self, x)(self, x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -209,6 +215,21 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, spec={self.spec}"
+
+
+class _Frozen(torch.autograd.Function):  # type: ignore[misc]
+    """y = x W^T + b as the layer computes it. The dequantized weight is not kept for the gradient but made anew there,
+    one layer at a time; where inputs are rounded, the gradient passes over that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return layer.compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = upstream
+        return (gradient @ ctx.layer.dequantize(gradient.dtype)).to(ctx.dtype), None
 
 
 def packed_tensors(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -136,6 +136,15 @@ class Pass(BaseModel):
     def reshape(self, model: ModelHandle) -> None:
         """Does to the shapes of a model without weights what `run` does (for the plan). StartError where it cannot."""
 
+    def fitted(self, shape: ModelShape, room: int) -> Self:
+        """The same pass with options for which `run` allocates at most `room` bytes, as far as it has a choice."""
+        return self
+
+    def extra_parts(self, shape: ModelShape) -> dict[str, int] | None:
+        """`extra_bytes`, in parts by what they hold."""
+        extra = self.extra_bytes(shape)
+        return None if extra is None else {"pass": extra}
+
     def extra_bytes(self, shape: ModelShape) -> int | None:
         """Peak of what `run` allocates beside the model and, if blocks stay on disk, the block at hand; None: not
         known. A `BlockPass` states it by layer instead."""
@@ -147,7 +156,7 @@ class Pass(BaseModel):
         calibration: Iterable[str] | torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        training: Iterable[str] | torch.Tensor | None = None,
+        training: Iterable[str | Mapping[str, Any]] | torch.Tensor | None = None,
         original: PreTrainedModel | str | Path | None = None,
         samples: int | None = None,
         length: int | None = None,
@@ -160,22 +169,26 @@ class Pass(BaseModel):
 
         `calibration`: texts (then `tokenizer` cuts them into windows of `length` tokens, `samples` of them drawn at
         random by `seed`; the defaults are a recipe's), or token ids [samples, length] (int64), used as they are.
-        `training`: likewise, for passes that train. `original`: the model, or the folder of the model, that such a pass
-        learns from.
+        `training`: likewise, for passes that train; an item may also be a mapping, as a line of a .jsonl file has it
+        (`prompt` and `completion`, `messages`, `text` and `label`). `original`: the model, or the folder of the model,
+        that such a pass learns from.
         """
         from compress.data import windows_from
+        from compress.locating import classes_of
         from compress.model import ModelHandle
 
         handle = ModelHandle.wrap(model)
         refuse_states(self, handle.states)
         refuse_model(self, model)
 
-        def cut(text: Iterable[str] | torch.Tensor | None, what: str) -> Windows:
+        def cut(text: Iterable[Any] | torch.Tensor | None, what: Literal["calibration", "training"]) -> Windows:
             if text is None:
                 raise StartError(f"{self.name} needs {what} text: pass {what}=[...] (texts or token ids).")
             return windows_from(
-                text, tokenizer, samples=samples, length=length, seed=seed, context=handle.context_length
-            )
+                text, tokenizer, samples=samples if what == "calibration" else None, length=length, seed=seed,
+                context=handle.context_length, role=what,
+                labels=classes_of(model.config) if what == "training" else None,
+            )  # fmt: skip
 
         context = Context(
             calibration=cut(calibration, "calibration") if self.takes_calibration else None,
@@ -189,6 +202,8 @@ class Pass(BaseModel):
         )
         result = self.run(handle, context)
         handle.record(self)
+        if handle.adapter is not None:
+            handle.adapter.attach(model)
         return PassResult(handle.model, result.blocks, result.coverage, result.measurements)
 
 

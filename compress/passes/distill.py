@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 #: The default learning rate of dense weights times the hidden size: 1e-3 at a width of 256, 6e-5 at 4096.
 RATE_TIMES_WIDTH = 0.256
+#: Texts with classes that are kept back at most, to measure on.
+MOST_HELD_BACK = 1024
 #: That of packed layers, in units of a layer's mean scale.
 PACKED_RATE = 2e-2
 
@@ -114,7 +116,7 @@ class Distill(Pass):
     @property
     def structural(self) -> bool:  # type: ignore[override]
         student = self.student
-        return student.source != "model" or student.layers is not None or student.intermediate_size is not None
+        return student.source != "model" or any((student.layers, student.intermediate_size, student.heads))
 
     def reshape(self, model: ModelHandle) -> None:
         """Makes the student; a model that cannot be trained is refused by the plan already."""
@@ -205,22 +207,26 @@ class Distill(Pass):
         self, model: ModelHandle, source: TeacherSource, losses: Sequence[Loss], context: Context
     ) -> dict[str, Any]:
         """Trains the student (and the control before it); returns the account of it."""
-        from compress.measure.areas import area_scores, summarised
+        from compress.measure.areas import area_scores, class_scores, summarised
         from compress.teaching import lesson, teacher_areas
 
         windows, tasks = self._texts(model, source, context)
+        windows, held = _held_back(windows, context.seed)
         found = lesson(
             source, model.model, losses, windows, top_k=self.top_k, cache=self.cache, on_policy=self.on_policy > 0,
             tasks=tasks, context=context,
         )  # fmt: skip
 
         def areas(of: PreTrainedModel, tokenizer: Any = context.tokenizer) -> dict[str, Any]:
-            return area_scores(of, tokenizer, context.tasks, model.context_length)
+            if held is not None:
+                return dict(class_scores(of, held))
+            return dict(area_scores(of, tokenizer, context.tasks, model.context_length))
 
         scores: dict[str, dict[str, Any]] = {}
-        if context.tasks and context.tokenizer is not None and model.model.can_generate():
-            items = sha256(json.dumps(context.tasks, sort_keys=True).encode()).hexdigest()[:16]
-            scores["teacher"] = teacher_areas(source, found, areas, f"areas-{items}")
+        if held is not None or (context.tasks and context.tokenizer is not None and model.model.can_generate()):
+            asked = held.tokens.tolist() if held is not None else context.tasks
+            digest = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+            scores["teacher"] = teacher_areas(source, found, areas, f"areas-{digest}")
             scores["before"] = _kept(context, "before", lambda: areas(model.model))
         measured: dict[str, Any] = {}
         if self.control:
@@ -333,6 +339,16 @@ def _refuse_measured(lines: Sequence[Mapping[str, str]], context: Context) -> No
             f"answers.prompts: {both} of {len(lines)} are test items of the benchmark as well. What is measured must "
             "not have been learnt: use other prompts."
         )
+
+
+def _held_back(windows: Windows, seed: int) -> tuple[Windows, Windows | None]:
+    """(what is trained on, what the accuracy is measured on): of texts with classes a tenth is kept back, drawn by the
+    seed; of others nothing, since the benchmark has items of its own."""
+    if windows.labels is None or windows.labels.dim() > 1 or len(windows) < 2:
+        return windows, None
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    count = min(MOST_HELD_BACK, max(1, len(windows) // 10))
+    return windows.select(order[count:].sort().values), windows.select(order[:count].sort().values)
 
 
 def _kept(context: Context, name: str, make: Any) -> dict[str, Any]:
