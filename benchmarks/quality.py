@@ -1,7 +1,8 @@
-"""Quality, size and time of the four passes on one language model, each written, reloaded and measured side by side.
+"""Quality, size and time of passes on one language model, each written, reloaded and measured side by side.
 
     python benchmarks/quality.py MODEL --calibration FILE --evaluation FILE [--length 256] [--samples 400]
-        [--group-size 64] [--separator bos|none] [--calibration-seed 1234] --name NAME
+        [--group-size 64] [--separator bos|none] [--calibration-seed 1234]
+        [--calibration-samples 128] --name NAME
 
 Writes benchmarks/results/quality-NAME.json and .md. The original is measured once; every method is a whole run (recipe
 in, folder out, verified by plain transformers) followed by `compress.benchmark`. The text is cut as the recipe says:
@@ -32,7 +33,16 @@ def methods(group: int) -> dict[str, dict[str, Any]]:
         "gptq 3 bits": {"gptq": {"bits": 3, "group_size": group}},
         "magnitude 50 %": {"magnitude": {"sparsity": 0.5}},
         "wanda 50 %": {"wanda": {"sparsity": 0.5}},
+        "sparsegpt 50 %": {"sparsegpt": {"sparsity": 0.5}},
+        "sparsegpt 50 %, refit": {"sparsegpt": {"sparsity": 0.5, "refit": 10}},
+        "sparsegpt 50 %, measured": {"sparsegpt": {"sparsity": 0.5, "allocation": "measured"}},
+        "alps 50 %": {"alps": {"sparsity": 0.5}},
+        "alps 50 %, measured": {"alps": {"sparsity": 0.5, "allocation": "measured"}},
+        "magnitude 2:4": {"magnitude": {"pattern": "2:4"}},
         "wanda 2:4": {"wanda": {"pattern": "2:4"}},
+        "sparsegpt 2:4": {"sparsegpt": {"pattern": "2:4"}},
+        "sparsegpt 2:4, refit": {"sparsegpt": {"pattern": "2:4", "refit": 10}},
+        "alps 2:4": {"alps": {"pattern": "2:4"}},
     }
 
 
@@ -48,7 +58,12 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Runs every method, measures all against the original, and returns the rows."""
     text = {"length": options.length, "separator": options.separator, "pack": not options.no_pack}
     data = {
-        "calibration": {"source": options.calibration, "samples": 128, "seed": options.calibration_seed, **text},
+        "calibration": {
+            "source": options.calibration,
+            "samples": options.calibration_samples,
+            "seed": options.calibration_seed,
+            **text,
+        },
         "evaluation": {"source": options.evaluation, "samples": options.samples, **text},
     }
     rows = methods(options.group_size) | (extra_methods() if options.two_bits else {})
@@ -127,6 +142,7 @@ def main() -> None:
     parser.add_argument("--separator", default="bos", choices=["bos", "none"])
     parser.add_argument("--no-pack", action="store_true", help="each document alone, cut at --length")
     parser.add_argument("--calibration-seed", type=int, default=1234)
+    parser.add_argument("--calibration-samples", type=int, default=128)
     parser.add_argument("--only", nargs="*", help="rows to run, by name; all if absent")
     parser.add_argument("--two-bits", action="store_true", help="also 2 bits in groups of 32")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compress.comparing import benchmark as benchmark
     from compress.errors import CompressError as CompressError
     from compress.loading import load as load
+    from compress.passes.alps import ALPS as ALPS
     from compress.passes.autoround import AutoRound as AutoRound
     from compress.passes.awq import AWQ as AWQ
     from compress.passes.block_distill import BlockDistill as BlockDistill
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from compress.passes.rotate import Rotate as Rotate
     from compress.passes.rtn import RTN as RTN
     from compress.passes.smoothquant import SmoothQuant as SmoothQuant
+    from compress.passes.sparsegpt import SparseGPT as SparseGPT
     from compress.passes.wanda import Wanda as Wanda
     from compress.pipeline import run as run
     from compress.planning import plan as plan
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ALPS": "compress.passes.alps",
     "AWQ": "compress.passes.awq",
     "AutoRound": "compress.passes.autoround",
     "BlockDistill": "compress.passes.block_distill",
@@ -65,6 +68,7 @@ _PUBLIC = {
     "Report": "compress.reports.report",
     "Rotate": "compress.passes.rotate",
     "SmoothQuant": "compress.passes.smoothquant",
+    "SparseGPT": "compress.passes.sparsegpt",
     "Wanda": "compress.passes.wanda",
     "benchmark": "compress.comparing",
     "load": "compress.loading",

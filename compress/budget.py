@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from compress.model import Layer, ModelHandle
     from compress.passes.base import Context
     from compress.passes.rounding import RoundingPass
+    from compress.shapes import ModelShape
 
 #: Windows of the calibration text that sensitivity is measured on, and as many others that the outcome is checked on.
 WINDOWS = 8
@@ -39,6 +40,16 @@ VARIANTS_AT_ONCE = 32
 def batch_tokens(length: int, vocabulary: int) -> int:
     """Tokens measured at once, at least one window."""
     return max(length, min(TOKENS, LOGITS // max(1, vocabulary)))
+
+
+def measuring_bytes(shape: ModelShape, length: int, copies: int, changing: int, backward: bool = False) -> int:
+    """Peak of measuring at a model's output: the hidden states of the text so many times over, what `changing` the
+    weights of a block takes while text runs through it (`backward`: and back), or the logits."""
+    size: int = shape.dtype.itemsize
+    tokens = batch_tokens(length, shape.vocabulary)
+    running = tokens * (shape.widest * size + length * size) * (4 if backward else 1)
+    softmax = tokens * shape.vocabulary * 3 * size + 32 * shape.vocabulary * 8 * 4
+    return copies * WINDOWS * length * shape.hidden * size + max(changing + running, softmax)
 
 
 class BitBudget(BaseModel):
@@ -211,7 +222,7 @@ def choose_bits(pass_: RoundingPass, budget: BitBudget, model: ModelHandle, cont
     assert context.calibration is not None
     costs = costs_of(pass_, budget, model)
     limits, filled = limits_of(budget, costs)
-    measured_on, held_out = _windows(context.calibration)
+    measured_on, held_out = measured_windows(context.calibration)
 
     def rounded(layer: Layer, bits: int) -> Tensor:
         return nearest(layer.weight, pass_.grid(layer.dtype, bits))
@@ -255,7 +266,7 @@ def _average(costs: Costs, bits: Mapping[str, int]) -> float:
     return spent / sum(costs.weights)
 
 
-def _windows(text: Windows) -> tuple[Windows, Windows]:
+def measured_windows(text: Windows) -> tuple[Windows, Windows]:
     """Windows to measure on, and others to check on; of a text of one window, that one twice."""
     half = max(1, min(WINDOWS, len(text) // 2))
     parts = [slice(0, half), slice(half, 2 * half)] if len(text) > 1 else [slice(0, 1)] * 2

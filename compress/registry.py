@@ -82,6 +82,7 @@ def _owner(point: EntryPoint) -> str:
 PASSES = Registry(
     "pass",
     {
+        "alps": "compress.passes.alps:ALPS",
         "autoround": "compress.passes.autoround:AutoRound",
         "awq": "compress.passes.awq:AWQ",
         "block_distill": "compress.passes.block_distill:BlockDistill",
@@ -100,6 +101,7 @@ PASSES = Registry(
         "rotate": "compress.passes.rotate:Rotate",
         "rtn": "compress.passes.rtn:RTN",
         "smoothquant": "compress.passes.smoothquant:SmoothQuant",
+        "sparsegpt": "compress.passes.sparsegpt:SparseGPT",
         "wanda": "compress.passes.wanda:Wanda",
     },
     "compress.passes",

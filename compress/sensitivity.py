@@ -1,4 +1,4 @@
-"""What rounding a layer, and that layer alone, to so many bits does to the model: measured, with one block in memory.
+"""What changing a layer, or a block, and that alone, does to the model: measured, with one block in memory.
 
 `kl_losses` measures it at the model's output. `fisher_losses` predicts it from gradients, in far less time. Both are in
 nats a token, so that their sums over layers can be held against the divergence of a whole rounded model.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ from compress.model import Block, Layer, ModelHandle
 from compress.progress import Step
 from compress.stream import CalibrationStream
 
-#: `weight [out, in]` of a layer as it would be at so many bits, in the layer's dtype.
-Rounded = Callable[[Layer, int], Tensor]
-#: The layers of a block that are to be rounded, by their name inside it.
+#: `weight [out, in]` of a layer as it would be at so many bits, or with such a share of zeros, in the layer's dtype.
+Rounded = Callable[[Layer, Any], Tensor]
+#: The layers of a block that are to be changed, by their name inside it.
 Selected = Callable[[Block], Mapping[str, Layer]]
 Losses = dict[str, list[float]]
 
@@ -47,9 +48,11 @@ def _stream(model: ModelHandle, windows: Windows) -> CalibrationStream:
 
 @torch.no_grad()
 def kl_losses(
-    model: ModelHandle, windows: Windows, layers: Selected, choices: Sequence[int], rounded: Rounded, step: Step
-) -> Losses:
-    """KL divergence, the model's tokens from those with one layer rounded, for each layer (`block.layer`) and choice.
+    model: ModelHandle, windows: Windows, layers: Selected, choices: Sequence[float], rounded: Rounded, step: Step,
+    whole: bool = False,
+) -> Losses:  # fmt: skip
+    """KL divergence, the model's tokens from those with one layer changed, for each layer (`block.layer`) and choice;
+    `whole`: with all layers of one block changed alike, for each block.
 
     A variant differs from the model from its own block on, so it is pushed through that block and those that follow.
     Its hidden states are what it takes: `VARIANTS_AT_ONCE` times the text's.
@@ -58,17 +61,20 @@ def kl_losses(
     blocks = model.block_list()
     losses: Losses = {}
     for index, block in enumerate(blocks):
-        variants = [(name, bits) for name in layers(block) for bits in choices]
+        names = list(layers(block))
+        units = {block.name: names} if whole and names else {f"{block.name}.{name}": [name] for name in names}
+        variants = [(unit, choice) for unit in units for choice in choices]
         for start in range(0, len(variants), VARIANTS_AT_ONCE):
             some = variants[start : start + VARIANTS_AT_ONCE]
-            streams = _variants(model, stream, block, layers, some, rounded)
+            changed = [(units[unit], choice) for unit, choice in some]
+            streams = _variants(model, stream, block, layers, changed, rounded)
             for later in blocks[index + 1 :]:
                 model.load(later)
                 for hidden in streams:
                     stream.push(later, hidden)
                 model.release(later)
-            for (name, _), found in zip(some, divergence(stream, streams[0], streams[1:]), strict=True):
-                losses.setdefault(f"{block.name}.{name}", []).append(found)
+            for (unit, _), found in zip(some, divergence(stream, streams[0], streams[1:]), strict=True):
+                losses.setdefault(unit, []).append(found)
         model.load(block)
         stream.advance(block)
         model.release(block)
@@ -77,16 +83,18 @@ def kl_losses(
 
 
 def _variants(
-    model: ModelHandle, stream: CalibrationStream, block: Block, layers: Selected, variants: list[tuple[str, int]],
-    rounded: Rounded,
+    model: ModelHandle, stream: CalibrationStream, block: Block, layers: Selected,
+    variants: list[tuple[list[str], float]], rounded: Rounded,
 ) -> list[list[Tensor]]:  # fmt: skip
-    """What the block makes of the stream: as it is, then with one layer rounded, for each of `variants`."""
+    """What the block makes of the stream: as it is, then with some layers changed, for each of `variants`."""
     model.load(block)
     streams = [list(stream.hidden)]
     stream.push(block, streams[0])
     dense = layers(block)
-    for name, bits in variants:
-        with replaced(dense[name], rounded(dense[name], bits)):
+    for names, choice in variants:
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(replaced(dense[name], rounded(dense[name], choice)))
             streams.append(list(stream.hidden))
             stream.push(block, streams[-1])
     model.release(block)
@@ -95,9 +103,9 @@ def _variants(
 
 @torch.no_grad()
 def candidate_losses(
-    model: ModelHandle, windows: Windows, layers: Selected, candidates: Sequence[Mapping[str, int]], rounded: Rounded
+    model: ModelHandle, windows: Windows, layers: Selected, candidates: Sequence[Mapping[str, float]], rounded: Rounded
 ) -> list[float]:
-    """KL divergence of the model with *all* layers rounded, once for each candidate (`block.layer` -> bits)."""
+    """KL divergence of the model with *all* layers changed, once for each candidate (`block.layer` -> choice)."""
     stream = _stream(model, windows)
     streams = [list(stream.hidden) for _ in candidates]
     for block in model.blocks():
@@ -109,8 +117,8 @@ def candidate_losses(
 
 
 def _push_rounded(
-    stream: CalibrationStream, block: Block, layers: Mapping[str, Layer], bits: Mapping[str, int], hidden: list[Tensor],
-    rounded: Rounded,
+    stream: CalibrationStream, block: Block, layers: Mapping[str, Layer], bits: Mapping[str, float],
+    hidden: list[Tensor], rounded: Rounded,
 ) -> None:  # fmt: skip
     with ExitStack() as stack:
         for name, layer in layers.items():

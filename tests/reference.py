@@ -485,6 +485,100 @@ def nm_keep(scores: np.ndarray, n: int, m: int) -> np.ndarray:
     return keep
 
 
+def sparsegpt(
+    weight: np.ndarray,
+    matrix: np.ndarray,
+    sparsity: float = 0.0,
+    pattern: tuple[int, int] | None = None,
+    block: int = 128,
+    damping: float = 0.01,
+) -> np.ndarray:
+    """The pruned weight by SparseGPT without Cholesky (Frantar, Alistarh 2023, algorithm 1 and equation 3).
+
+    As `gptq` above: B is the inverse of the Hessian over the columns F not yet done, and when column q is done in a
+    row, that row moves by  w_F -= (w_q - new w_q) / B_qq * B_q,F.  The mask of a block of columns (pattern (n, m): of m
+    neighbours) is chosen when the first of them comes, from the weights as they are then: the lowest of  w_k^2 / B_kk,
+    where B_kk is that of the moment when column k will come. Zeros go first and stay.
+    The share of zeros is counted in the block over all rows, so that layer and block come out even.
+    """
+    rows, columns = weight.shape
+    work = weight.astype(np.float64).copy()
+    empty = weight == 0
+    remaining = inverse(damped(matrix, damping))
+    costs, eliminated = np.zeros(columns), remaining.copy()
+    for column in range(columns):
+        costs[column] = eliminated[column, column]
+        eliminated = eliminated - np.outer(eliminated[:, column], eliminated[column, :]) / eliminated[column, column]
+    keep = np.ones((rows, columns), dtype=bool)
+    width = pattern[1] if pattern else block
+    for column in range(columns):
+        if column % width == 0:
+            end = min(column + width, columns)
+            scores = np.where(empty[:, column:end], -np.inf, work[:, column:end] ** 2 / costs[column:end])
+            if pattern:
+                keep[:, column:end] = nm_keep(scores, *pattern)
+            else:
+                count = zeros_of(sparsity, rows * end) - zeros_of(sparsity, rows * column)
+                by_column = _drop_lowest([float(score) for score in scores.T.flatten()], count)
+                keep[:, column:end] = np.array(by_column).reshape(end - column, rows).T
+            keep[:, column:end] &= ~empty[:, column:end]
+        error = np.where(keep[:, column], 0.0, work[:, column])
+        work[:, column] -= error
+        for other in range(column + 1, columns):
+            work[:, other] -= error / remaining[column, column] * remaining[column, other]
+        remaining = remaining - np.outer(remaining[:, column], remaining[column, :]) / remaining[column, column]
+    return np.where(keep, work, 0.0)
+
+
+def alps(
+    weight: np.ndarray,
+    matrix: np.ndarray,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+    iterations: int,
+    damping: float,
+) -> np.ndarray:
+    """The sparse weight after so many steps of ADMM (Meng et al. 2024, algorithm 1 with the scaling of section 3.1 and
+    the growth of rho of section 3.2), every step by a plain inverse.
+
+    In columns scaled by e = sqrt(diag H):  W = (H W0 - V + rho D) (H + rho)^-1,  D = the largest of W + V / rho,
+    V += rho (W - D).  Every third step rho grows by 1.3, 1.2 or 1.1, when at least a tenth, half a percent or fewer of
+    the places that are kept were not three steps before; no such place: it ends.
+    """
+    whole = damped(matrix, damping)
+    e = np.sqrt(np.diag(whole))
+    scaled, given = whole / np.outer(e, e), weight * e
+
+    def largest(values: np.ndarray) -> np.ndarray:
+        return nm_keep(np.abs(values), *pattern) if pattern else unstructured_keep(np.abs(values), sparsity, "layer")
+
+    keep = before = largest(given)
+    sparse, price, rho = np.where(keep, given, 0.0), np.zeros_like(given), 0.1
+    for step in range(1, iterations + 1):
+        dense = (given @ scaled - price + rho * sparse) @ inverse(scaled + rho * np.eye(len(e)))
+        keep = largest(dense + price / rho)
+        sparse = np.where(keep, dense + price / rho, 0.0)
+        price = price + rho * (dense - sparse)
+        if step % 3 == 0:
+            changed = np.sum(keep & ~before) / np.sum(keep)
+            if changed == 0:
+                break
+            rho *= 1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1
+            before = keep
+    return sparse / e
+
+
+def best_under_mask(weight: np.ndarray, keep: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """For each row the least (w - q) H (w - q)^T with q zero where `keep` is False, by the normal equations of the
+    columns that stay."""
+    result = np.zeros(weight.shape)
+    for row in range(len(weight)):
+        stay = np.flatnonzero(keep[row])
+        if len(stay):
+            result[row, stay] = weight[row] @ matrix[:, stay] @ inverse(matrix[np.ix_(stay, stay)])
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------- packing
 
 

@@ -13,12 +13,14 @@ from compress.data import windows_from
 from compress.errors import StartError
 from compress.formats.folder import default_format, packed_export_note, write_model_folder
 from compress.opening import open_model
+from compress.passes.alps import ALPS
 from compress.passes.base import BlockPass, Context, LayerShape
 from compress.passes.fp8 import FP8
 from compress.passes.gptq import GPTQ
 from compress.passes.magnitude import Magnitude
 from compress.passes.rtn import RTN
 from compress.passes.smoothquant import SmoothQuant
+from compress.passes.sparsegpt import SparseGPT
 from compress.passes.wanda import Wanda
 from compress.planning import Plan, available_memory, plan, refuse
 from compress.recipe import Recipe
@@ -202,9 +204,10 @@ def peak(shape: dict[str, int], pass_: BlockPass, shelf: Path, **values: object)
     return plan(recipe(folder, pass_, **values)).of_pass(0)["peak_memory_bytes"]
 
 
-@pytest.mark.parametrize(
-    "pass_", [RTN(), Magnitude(), Wanda(), GPTQ(), SmoothQuant(), FP8()], ids=lambda pass_: pass_.name
-)
+PASSES = [RTN(), Magnitude(), Wanda(), SparseGPT(), ALPS(), GPTQ(), SmoothQuant(), FP8()]
+
+
+@pytest.mark.parametrize("pass_", PASSES, ids=lambda pass_: pass_.name)
 def test_memory_grows_with_what_it_depends_on(pass_: BlockPass, shelf: Path) -> None:
     base = peak({}, pass_, shelf)
     assert peak({"num_hidden_layers": 8}, pass_, shelf) > base
@@ -215,9 +218,7 @@ def test_memory_grows_with_what_it_depends_on(pass_: BlockPass, shelf: Path) -> 
     assert grows == pass_.needs_calibration
 
 
-@pytest.mark.parametrize(
-    "pass_", [RTN(), Magnitude(), Wanda(), GPTQ(), SmoothQuant(), FP8()], ids=lambda pass_: pass_.name
-)
+@pytest.mark.parametrize("pass_", PASSES, ids=lambda pass_: pass_.name)
 def test_with_blocks_on_disk_memory_does_not_depend_on_the_number_of_layers(pass_: BlockPass, shelf: Path) -> None:
     peaks = {peak({"num_hidden_layers": n}, pass_, shelf, residency="disk") for n in (2, 8)}
     assert len(peaks) == 1

@@ -1,4 +1,4 @@
-"""Rounding a matrix column by column with feedback: each column is corrected for the errors of those before it.
+"""Changing a matrix column by column with feedback: each column is corrected for the errors of those before it.
 
 What GPTQ does with a layer's Hessian `H = R R^T`, `R` upper triangular. With `d_j = w_j - q_j` what rounding has
 changed so far, column `k` is rounded as if it were `c_k = w_k + sum over j < k of d_j R_jk / R_kk`: `d H d^T` is the
@@ -7,6 +7,9 @@ LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", 2025, arXiv 2507.185
 
 GPTQ's paper corrects all later columns with each error, along the Cholesky factor `U` of `H^-1`. `U = R^-1`: both ways
 give the same numbers, and this one needs no inverse.
+
+`Sweep` is that loop whatever a column becomes: `round_columns` puts it on a grid, `maths/pruning.py` sets some of it to
+zero.
 """
 
 from __future__ import annotations
@@ -72,36 +75,17 @@ def round_columns(
     block_size: int,
     keep_zeros: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """The loop over columns: codes, scale, zero, and for each row `[out]` the sums of `((c_k - q_k) R_kk)**2`, which is
-    the squared output error, damping included, and of `d_k**2`.
-
-    The tensors worked on are transposed, `[in, out]`, so that a column is one stretch of memory. `work` holds the
-    weights with the corrections of the columns before. These reach a column on three ways: as one product for all
-    columns of a finished block, as one for a few columns (`SHORT`) of its own block, and inside those few as a sum when
-    its turn comes. Each error reaches each later column exactly once.
-    """
-    rows, columns = weight.shape
+    """Every column on its grid: codes, scale, zero, and for each row `[out]` the two sums that `Sweep.run` gives."""
+    columns = weight.shape[1]
     size = spec.columns_per_group(columns)
-    dtype = factor.upper.dtype
-    target = weight.t().contiguous().index_select(0, factor.order).to(dtype)
-    walk = _Walk(target, factor, spec, size, block_size, target == 0 if keep_zeros else None)
+    target = weight.t().contiguous().index_select(0, factor.order).to(factor.upper.dtype)
+    sweep = _Rounding(target, factor, spec, size, block_size, target == 0 if keep_zeros else None, importance)
     if grid is not None:
-        walk.set_grid(*grid)
-    codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
-    lost, moved = (torch.zeros(rows, dtype=dtype, device=weight.device) for _ in range(2))
-    whole = size if grid is None else 0
-    for start, end in _cuts(0, columns, block_size, whole):
-        for first, last in _cuts(start, end, SHORT, whole, at_groups=True):
-            if whole and first % size == 0:
-                walk.find_grid(first, importance)
-            walk.round(start, first, last)
-            walk.correct(start, first, last, last, end)
-        walk.correct(start, start, end, end, columns)
-        walk.account(start, end, lost, moved)
-        codes[factor.order[start:end]] = walk.codes[: end - start].to(torch.int8)
-    scale = walk.scales.t().to(spec.torch_scale_dtype).contiguous()
-    zero = None if spec.symmetric else walk.zeros.t().to(torch.int8).contiguous()
-    return codes.t().contiguous(), scale, zero, lost, moved
+        sweep.set_grid(*grid)
+    lost, moved = sweep.run(size if grid is None else 0)
+    scale = sweep.scales.t().to(spec.torch_scale_dtype).contiguous()
+    zero = None if spec.symmetric else sweep.zeros.t().to(torch.int8).contiguous()
+    return sweep.all_codes.t().contiguous(), scale, zero, lost, moved
 
 
 def _cuts(start: int, end: int, length: int, group: int, at_groups: bool = False) -> Iterator[tuple[int, int]]:
@@ -117,68 +101,78 @@ def _cuts(start: int, end: int, length: int, group: int, at_groups: bool = False
         start = stop
 
 
-class _Walk:
-    """The tables of `round_columns`, columns in the order of rounding, and what is done to a few columns at a time.
+class Sweep:
+    """The tables of one pass over the columns, which are in the factor's order, and what is done to a few at a time.
 
-    target: the weights, work: the same with corrections, `[in, out]`. scales, zeros: `[groups, out]`. For the columns
-    of the block at hand, `[block, out]`: current, as they were rounded; codes; and change, `target` minus rounded.
+    target: the weights, work: the same with corrections of the columns before. Both are transposed, `[in, out]`, so
+    that a column is one stretch of memory. For the columns of the block at hand, `[block, out]`: current, as they were
+    when their turn came, and change, `target` minus what they became.
+
+    A correction reaches a column on one of three ways: in one product for all columns of a finished block, in one for a
+    few columns (`SHORT`) of its own block, and inside those few in a sum when its turn comes. Each error reaches each
+    later column exactly once.
     """
 
-    def __init__(
-        self, target: Tensor, factor: Factor, spec: QuantSpec, size: int, block_size: int, kept: Tensor | None
-    ):
-        self.target, self.work, self.factor, self.spec, self.size, self.kept = (
-            target, target.clone(), factor, spec, size, kept,
-        )  # fmt: skip
+    def __init__(self, target: Tensor, factor: Factor, block_size: int):
+        self.target, self.work, self.factor, self.block_size = target, target.clone(), factor, block_size
         columns, rows = target.shape
-        self.scales = target.new_ones(columns // size, rows)
-        self.zeros = torch.zeros_like(self.scales)
-        self.group_of: list[int] = (factor.order // size).tolist()
-        self.current, self.codes, self.change = (target.new_empty(min(block_size, columns), rows) for _ in range(3))
+        self.current, self.change = (target.new_empty(min(block_size, columns), rows) for _ in range(2))
 
-    def set_grid(self, scale: Tensor, zero: Tensor | None) -> None:
-        self.scales.copy_(scale.t())
-        if zero is not None:
-            self.zeros.copy_(zero.t())
+    def run(self, whole: int = 0) -> tuple[Tensor, Tensor]:
+        """Goes through all columns. `whole`: columns that `enter` wants to see together, 0: it does not ask.
 
-    def find_grid(self, first: int, importance: Tensor | None) -> None:
-        """The grid of the group that starts at column `first`, from its weights as GPTQ has moved them by now: to where
-        the errors so far would be made up for as well as can be, if nothing more were rounded."""
-        last = first + self.size
-        square = self.factor.upper[first:last, first:last].t()
+        For each row, `[out]`, the sums of `((c_k - q_k) R_kk)**2`, which is the squared output error, damping included,
+        and of `d_k**2`.
+        """
+        columns, rows = self.target.shape
+        lost, moved = self.target.new_zeros(rows), self.target.new_zeros(rows)
+        for start, end in _cuts(0, columns, self.block_size, whole):
+            self.begin(start, end)
+            for first, last in _cuts(start, end, SHORT, whole, at_groups=True):
+                if whole and first % whole == 0:
+                    self.enter(start, first)
+                self._settle(start, first, last)
+                self._correct(start, first, last, last, end)
+            self._correct(start, start, end, end, columns)
+            self._account(start, end, lost, moved)
+            self.finish(start, end)
+        return lost, moved
+
+    def begin(self, start: int, end: int) -> None:
+        """Before the columns of a block, when all corrections of the blocks before it are in `work`."""
+
+    def enter(self, start: int, first: int) -> None:
+        """Before the first of `whole` columns, in the block that begins at `start`; those before it are in `work`."""
+
+    def decide(self, column: int, place: int) -> None:
+        """What becomes of a column: `change[place]` from `target[column]` and `current[place]`."""
+        raise NotImplementedError
+
+    def finish(self, start: int, end: int) -> None:
+        """When the columns of a block are done."""
+
+    def free(self, first: int, last: int) -> Tensor:
+        """The columns, `[last - first, out]`, where the errors so far would put them if nothing more were changed."""
+        square = self.factor.upper[first:last, first:last].t().contiguous()
         target = self.target[first:last]
         moved = torch.linalg.solve_triangular(square, self.work[first:last] - target, upper=False, unitriangular=True)
-        one = replace(self.spec, group_size=-1)
-        weights = None if importance is None else importance[first:last]
-        scale, zero = find_params(moved.add_(target).t().contiguous(), one, weights is not None, weights)
-        self.scales[first // self.size] = scale[:, 0]
-        if zero is not None:
-            self.zeros[first // self.size] = zero[:, 0]
+        return moved.add_(target)
 
-    def round(self, start: int, first: int, last: int) -> None:
-        """Rounds columns `first` to `last` of the block that begins at `start`, those before being done."""
+    def _settle(self, start: int, first: int, last: int) -> None:
+        """Decides columns `first` to `last` of the block that begins at `start`, those before being done."""
         upper = self.factor.upper[first:last, first:last].t().contiguous()
         carry = None if self.factor.carry is None else self.factor.carry[first:last, first:last].t().contiguous()
         part = slice(first - start, last - start)
-        currents, codes, changes = self.current[part], self.codes[part], self.change[part]
-        low, high, symmetric = self.spec.qmin, self.spec.qmax, self.spec.symmetric
+        currents, changes = self.current[part], self.change[part]
         for index, column in enumerate(range(first, last)):
-            target, current, code, change = self.target[column], currents[index], codes[index], changes[index]
-            scale, zero = self.scales[self.group_of[column]], self.zeros[self.group_of[column]]
             if carry is not None:
                 shift = currents[:index].t() @ carry[index, :index]
-                target += shift
+                self.target[column] += shift
                 self.work[column] += shift
-            torch.addmv(self.work[column], changes[:index].t(), upper[index, :index], out=current)
-            torch.div(current, scale, out=code).round_()
-            if not symmetric:
-                code += zero
-            code.clamp_(low, high)
-            if self.kept is not None:
-                torch.where(self.kept[column], zero, code, out=code)
-            torch.addcmul(target, code if symmetric else code - zero, scale, value=-1, out=change)
+            torch.addmv(self.work[column], changes[:index].t(), upper[index, :index], out=currents[index])
+            self.decide(column, column - start)
 
-    def correct(self, start: int, first: int, last: int, begin: int, end: int) -> None:
+    def _correct(self, start: int, first: int, last: int, begin: int, end: int) -> None:
         """Columns `begin` to `end` get what columns `first` to `last` of the block that begins at `start` left them."""
         if begin == end:
             return
@@ -189,9 +183,57 @@ class _Walk:
             self.work[begin:end] += shift
         self.work[begin:end].addmm_(self.factor.upper[first:last, begin:end].t(), self.change[part])
 
-    def account(self, start: int, end: int, lost: Tensor, moved: Tensor) -> None:
+    def _account(self, start: int, end: int, lost: Tensor, moved: Tensor) -> None:
         """Adds the block's squared errors to `lost` and `moved` `[out]`."""
         change = self.change[: end - start]
         errors = (self.current[: end - start] - self.target[start:end]).add_(change).square_()
         lost.addmv_(errors.t(), self.factor.pivots[start:end])
         moved += torch.linalg.vecdot(change, change, dim=0)
+
+
+class _Rounding(Sweep):
+    """Columns are put on a grid. scales, zeros: `[groups, out]`; codes: as floats, of the block at hand; kept: True
+    where a zero has to stay, `[in, out]`; importance: `[in]` or None, for grids that are found on the way."""
+
+    def __init__(
+        self, target: Tensor, factor: Factor, spec: QuantSpec, size: int, block_size: int, kept: Tensor | None,
+        importance: Tensor | None,
+    ):  # fmt: skip
+        super().__init__(target, factor, block_size)
+        self.spec, self.size, self.kept, self.importance = spec, size, kept, importance
+        columns, rows = target.shape
+        self.scales = target.new_ones(columns // size, rows)
+        self.zeros = torch.zeros_like(self.scales)
+        self.group_of: list[int] = (factor.order // size).tolist()
+        self.codes = torch.empty_like(self.current)
+        self.all_codes = torch.empty(columns, rows, dtype=torch.int8, device=target.device)
+
+    def set_grid(self, scale: Tensor, zero: Tensor | None) -> None:
+        self.scales.copy_(scale.t())
+        if zero is not None:
+            self.zeros.copy_(zero.t())
+
+    def enter(self, start: int, first: int) -> None:
+        """The grid of the group that starts at column `first`, from its weights as GPTQ has moved them by now."""
+        last = first + self.size
+        one = replace(self.spec, group_size=-1)
+        weights = None if self.importance is None else self.importance[first:last]
+        scale, zero = find_params(self.free(first, last).t().contiguous(), one, weights is not None, weights)
+        self.scales[first // self.size] = scale[:, 0]
+        if zero is not None:
+            self.zeros[first // self.size] = zero[:, 0]
+
+    def decide(self, column: int, place: int) -> None:
+        code, group = self.codes[place], self.group_of[column]
+        scale, zero, symmetric = self.scales[group], self.zeros[group], self.spec.symmetric
+        torch.div(self.current[place], scale, out=code).round_()
+        if not symmetric:
+            code += zero
+        code.clamp_(self.spec.qmin, self.spec.qmax)
+        if self.kept is not None:
+            torch.where(self.kept[column], zero, code, out=code)
+        offset = code if symmetric else code - zero
+        torch.addcmul(self.target[column], offset, scale, value=-1, out=self.change[place])
+
+    def finish(self, start: int, end: int) -> None:
+        self.all_codes[self.factor.order[start:end]] = self.codes[: end - start].to(torch.int8)

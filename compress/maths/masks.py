@@ -83,13 +83,19 @@ def keep_mask(
 
     So they count toward the target, and the same request on a pruned weight changes nothing.
     """
-    scores = scores.masked_fill(weight == 0, -torch.inf)
+    scores = torch.where(weight == 0, -torch.inf, scores)
     if pattern is not None:
         n, m = map(int, pattern.split(":"))
         return nm_mask(scores, n, m)
     if sparsity is None:
         raise StartError("either a sparsity or a pattern is needed")
     return unstructured_mask(scores, sparsity, per)
+
+
+def zeroed(weight: Tensor, keep: Tensor) -> Tensor:
+    """`weight` (finite) with exact zeros where `keep` is False. Where a mask has no order, a product takes a fifth of
+    the time of `where` or `masked_fill`; adding 0 turns -0 into 0."""
+    return (weight * keep).add_(0.0)
 
 
 def _refuse_nan(scores: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress.maths.activations import rounded_tokens, token_codes, token_scales
+from compress.nn import cpu
 
 if TYPE_CHECKING:
     from compress.nn.quant_linear import QuantLinear
@@ -65,6 +66,7 @@ def _multiply_int8(layer: QuantLinear, x: Tensor) -> Tensor:
 
 
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("cpu", cpu.fits, cpu.multiply),
     Kernel("int8", _fits_int8, _multiply_int8),
     Kernel("torch", lambda layer, x: True, _dequantize_and_multiply),
 )
@@ -72,7 +74,10 @@ KERNELS: tuple[Kernel, ...] = (
 
 def choose(layer: QuantLinear, x: Tensor) -> Kernel:
     """The first kernel that fits the layer's grid and the input's dtype and device."""
-    return next(kernel for kernel in KERNELS if kernel.fits(layer, x))
+    for kernel in KERNELS:
+        if kernel.fits(layer, x):
+            return kernel
+    raise AssertionError("the last kernel fits everything")
 
 
 @contextlib.contextmanager

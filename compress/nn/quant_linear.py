@@ -7,7 +7,7 @@ Its buffers carry the names and layouts of compressed-tensors' formats (`pack-qu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from compress.maths import grid, packing
 from compress.maths.grid import STORED_DTYPES, QuantSpec
 from compress.nn import kernels
+
+if TYPE_CHECKING:
+    from compress.nn.cpu import Prepared
 
 _CHUNK_VALUES = 1 << 18  # values unpacked at once: the temporaries stay in the cache, whatever the layer
 
@@ -61,6 +64,8 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
         self._cache: Tensor | None = None
         self._caching = False
+        #: What the CPU kernel is told of this layer, once it has been called.
+        self.prepared: Prepared | None = None
 
     @classmethod
     def empty(
@@ -201,7 +206,7 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         return kernels.choose(self, x)(self, x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        self._cache = None
+        self._cache = self.prepared = None
         device = self.weight_scale.device
         codes = self._buffers.get("weight")
         if codes is not None:  # Numbers of 8 bits are codes: moved like integers, never cast

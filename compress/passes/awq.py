@@ -25,7 +25,8 @@ from compress.folding import Fold, find_folds, folding_bytes
 from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params, quantize
 from compress.maths.hessian import Hessian
 from compress.passes.base import LayerShape
-from compress.passes.rounding import RoundingPass, hessian_sizes
+from compress.passes.hessians import hessian_sizes
+from compress.passes.rounding import RoundingPass
 from compress.passes.rtn import round_to_nearest
 
 if TYPE_CHECKING:

@@ -28,9 +28,10 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.maths.feedback import Factor, factorise, round_columns
 from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params
-from compress.maths.hessian import CrossMoment, Hessian, NotPositiveDefinite, mean_diagonal, quadratic_form
+from compress.maths.hessian import NotPositiveDefinite, mean_diagonal, quadratic_form
 from compress.passes.base import LayerShape
-from compress.passes.rounding import RoundingPass, hessian_sizes
+from compress.passes.hessians import Inputs, hessian_bytes, observed_stages, observing_bytes
+from compress.passes.rounding import RoundingPass
 from compress.passes.rtn import relative_weight_error, round_to_nearest
 
 if TYPE_CHECKING:
@@ -160,18 +161,8 @@ class GPTQ(RoundingPass):
         return self.propagation == "gptaq"
 
     def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        """The Hessians, and one batch of the layer's input, which is a copy where the model computes in 16 bits; for
-        GPTAQ, the same again for the products with the original's inputs, and a batch of these for all layers."""
-        copies = max((4 * tokens_per_batch * layer.inputs for layer in layers if layer.dtype.itemsize < 4), default=0)
-        if not self.needs_original:
-            return self._hessian_bytes(layers) + copies
-        kept: dict[tuple[int, int], int] = {(it.inputs, it.outputs): it.inputs * it.dtype.itemsize for it in layers}
-        return 2 * (self._hessian_bytes(layers) + copies) + tokens_per_batch * sum(kept.values())
-
-    def _hessian_bytes(self, layers: Sequence[LayerShape]) -> int:
-        """Of those held at once."""
-        sizes = hessian_sizes(layers)
-        return max(sizes, default=0) if self.true_sequential else sum(sizes)
+        """What is gathered of the inputs; for GPTAQ, on both paths."""
+        return observing_bytes(layers, tokens_per_batch, self.true_sequential, self.needs_original)
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """Tables in float32, the larger of two moments. Factorising: the reordered Hessian and its Cholesky factor (for
@@ -190,31 +181,19 @@ class GPTQ(RoundingPass):
             return max((6 if propagates else 2) * square, rounding)
 
         most = max((of(inputs, rows) for (inputs, _), rows in together.items()), default=0)
-        return (1 + propagates) * self._hessian_bytes(layers) + most
+        return (1 + propagates) * hessian_bytes(layers, self.true_sequential) + most
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         """All Hessians from one run of the block as it came in; with `true_sequential`, a run for each stage of it."""
         if calibration is None:
             raise CompressError("gptq needs calibration text")
         layers = block.layers(self.targets, self.skip)
-        stages = calibration.stages(list(layers))
-        # The stages are those of one batch; another may reach the layers that are missing there.
-        unseen = [[name] for name in layers if not any(name in stage for stage in stages)]
-        runs = [[stage] for stage in stages] if self.true_sequential else [stages]
         report: dict[str, Any] = {}
-        for run in [*runs, *([stage] for stage in unseen)]:
-            weights = {stage[0]: layers[stage[0]].weight for stage in run}
-            inputs = {name: _Inputs(weight, self.needs_original) for name, weight in weights.items()}
-            if self.needs_original:
-                calibration.observe_pairs({name: seen.add for name, seen in inputs.items()})
-            else:
-                calibration.observe({name: seen.add for name, seen in inputs.items()})
-            for stage in run:
-                seen = inputs.pop(stage[0])
-                report |= self._compress_stage({name: layers[name] for name in stage}, seen, block.sparse)
+        for stage, seen in observed_stages(layers, calibration, self.true_sequential, self.needs_original):
+            report |= self._compress_stage(stage, seen, block.sparse)
         return {"layers": report}
 
-    def _compress_stage(self, stage: dict[str, Layer], seen: _Inputs, sparse: bool) -> dict[str, Any]:
+    def _compress_stage(self, stage: dict[str, Layer], seen: Inputs, sparse: bool) -> dict[str, Any]:
         """Rounds the layers of one input, those with the same grid together; what to report of each."""
         factor, trouble, hessian = None, "no calibration token reached the layer", seen.hessian.matrix
         if seen.hessian.count:
@@ -244,22 +223,3 @@ class GPTQ(RoundingPass):
                 if own.fallback:
                     report[layer.name]["fallback"] = own.fallback
         return {name: report[name] for name in stage}
-
-
-class _Inputs:
-    """What is gathered of a layer's input: the Hessian, and for GPTAQ the products with the original's inputs."""
-
-    def __init__(self, weight: Tensor, original: bool):
-        columns = weight.shape[1]
-        self.hessian = Hessian(columns, weight.device)
-        self.cross = CrossMoment(columns, weight.device) if original else None
-
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Tokens `[tokens, in]`, as they are now and in the original model."""
-        self.hessian.add(x)
-        if self.cross is not None and original is not None:
-            self.cross.add(original, x)
-
-    def deviation(self) -> Tensor | None:
-        """Mean of `2 (x - x~) x~^T`, `x~` being the input as it is now; uses up the products."""
-        return None if self.cross is None else self.cross.matrix.sub_(self.hessian.matrix)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator
 
-from compress.budget import VARIANTS_AT_ONCE, WINDOWS, BitBudget, batch_tokens, choose_bits, costs_of, limits_of
+from compress.budget import VARIANTS_AT_ONCE, BitBudget, choose_bits, costs_of, limits_of, measuring_bytes
 from compress.errors import StartError
 from compress.maths.grid import QuantSpec, spec_for
 from compress.passes.base import BlockPass, Context, LayerShape, PassResult
@@ -28,13 +28,6 @@ def _form(value: Any) -> str:
 Bits = Annotated[
     Annotated[Literal[2, 3, 4, 8], Tag("number")] | Annotated[BitBudget, Tag("budget")], Discriminator(_form)
 ]
-
-
-def hessian_sizes(layers: Sequence[LayerShape]) -> list[int]:
-    """Bytes of a block's Hessians, float32. Which layers share an input, shapes do not say: those of one shape are
-    taken to, as q, k and v do; where o has it too, that is one too few, and the layers with the most columns outweigh
-    it."""
-    return list({(layer.inputs, layer.outputs): 4 * layer.inputs**2 for layer in layers}.values())
 
 
 class RoundingPass(BlockPass):
@@ -192,17 +185,12 @@ class RoundingPass(BlockPass):
         weights = [layer.outputs * layer.inputs for block in layers for layer in block]
         in_block = max(sum(layer.outputs * layer.inputs for layer in block) for block in layers)
         variants = min(VARIANTS_AT_ONCE, max(map(len, layers)) * len(self.bits.choices))
-        copies, differentiated = variants + 3, 0
-        tokens = batch_tokens(length, shape.vocabulary)
-        running = tokens * (shape.widest * size + length * size)
-        if self.sensitivity == "fisher":
+        copies, differentiated, backward = variants + 3, 0, self.sensitivity == "fisher"
+        if backward:
             copies, differentiated = len(layers) + 3, (4 + size) * in_block
-            running *= 4  # what is kept for the way back
-        hidden = copies * WINDOWS * length * shape.hidden * size
         # rounded: in float32, as codes, dequantized, and packed in the model's dtype; all of a block for the check
         rounding = max(13 * max(weights), differentiated + 12 * max(weights), (4 + size) * in_block)
-        softmax = tokens * shape.vocabulary * 3 * size + 32 * shape.vocabulary * 8 * 4
-        return hidden + max(rounding + running, softmax)
+        return measuring_bytes(shape, length, copies, rounding, backward)
 
     def _allocate(self, budget: BitBudget, model: ModelHandle, context: Context) -> dict[str, Any]:
         """Measured once: a continued run takes what the stage has, whatever was rounded since."""

@@ -7,17 +7,16 @@ that output least, if inputs were uncorrelated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.maths.masks import check_columns, keep_mask
-from compress.passes.base import BlockPass, LayerShape
-from compress.passes.magnitude import Pattern, Sparsity, one_target, pruned
+from compress.maths.masks import keep_mask
+from compress.passes.base import LayerShape
+from compress.passes.pruning import PruningPass, pruned
 
 if TYPE_CHECKING:
     from compress.calibration import BlockCalibration
@@ -43,8 +42,8 @@ class ColumnNorms:
     def add(self, x: Tensor) -> None:
         """Take in tokens: `[..., columns]`, any float dtype."""
         x = x.reshape(-1, x.shape[-1])
-        norms = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
-        self._squares += norms.double().square().to(self._squares.device)
+        squares = x.float().square_() if x.dtype != torch.float32 else x.square()
+        self._squares += squares.sum(0).double().to(self._squares.device)
         self.count += x.shape[0]
 
     @property
@@ -53,30 +52,25 @@ class ColumnNorms:
         return self._squares.sqrt().float()
 
 
-class Wanda(BlockPass):
+def observed_norms(layers: Mapping[str, Layer], calibration: BlockCalibration) -> dict[str, ColumnNorms]:
+    """What one run of the block as it is shows of each layer's input."""
+    stages = calibration.stages(list(layers))
+    unseen = [name for name in layers if not any(name in stage for stage in stages)]
+    inputs: dict[str, ColumnNorms] = {}
+    for stage in [*stages, *([name] for name in unseen)]:
+        weight = layers[stage[0]].weight
+        inputs |= dict.fromkeys(stage, ColumnNorms(weight.shape[1], weight.device))
+    calibration.observe({stage[0]: inputs[stage[0]].add for stage in stages})
+    for name in unseen:  # the stages are those of one batch; another may reach these layers as well
+        calibration.observe({name: inputs[name].add})
+    return inputs
+
+
+class Wanda(PruningPass):
     """Set the weights with the smallest magnitude times input norm to zero, row by row."""
 
     name: ClassVar[str] = "wanda"
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
-    leaves: ClassVar[str] = "sparse"
     needs_calibration: ClassVar[bool] = True
-
-    sparsity: Sparsity | None = Field(
-        default=None,
-        description='Share of each row\'s weights to set to zero, 0.5 or "50%"; 0.5 if no pattern is given.',
-    )
-    pattern: Pattern | None = Field(
-        default=None, description='Instead of a share: "2:4" keeps 2 of every 4 neighbours in a row. Quote it.'
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_target(cls, options: Any) -> Any:
-        return one_target(options)
-
-    def spec_of(self, layer: LayerShape) -> None:
-        """Stays dense. StartError if the pattern does not divide the columns."""
-        check_columns(self.pattern, layer.inputs)
 
     def observing_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """One batch of the widest layer's input in float32, which is a copy where the model computes in 16 bits."""
@@ -92,22 +86,14 @@ class Wanda(BlockPass):
         if calibration is None:
             raise CompressError("wanda needs calibration text")
         layers = block.layers(self.targets, self.skip)
-        stages = calibration.stages(list(layers))
-        unseen = [name for name in layers if not any(name in stage for stage in stages)]
-        inputs: dict[str, ColumnNorms] = {}
-        for stage in [*stages, *([name] for name in unseen)]:
-            weight = layers[stage[0]].weight
-            inputs |= dict.fromkeys(stage, ColumnNorms(weight.shape[1], weight.device))
-        calibration.observe({stage[0]: inputs[stage[0]].add for stage in stages})
-        for name in unseen:  # the stages are those of one batch; another may reach these layers as well
-            calibration.observe({name: inputs[name].add})
+        inputs = observed_norms(layers, calibration)
         return {"layers": {name: self._prune(layer, inputs[name]) for name, layer in layers.items()}}
 
     def _prune(self, layer: Layer, inputs: ColumnNorms) -> dict[str, Any]:
         """A layer that no token reached is pruned by magnitude alone, and says so."""
         weight = layer.weight
         scores = wanda_scores(weight, inputs.norms) if inputs.count else weight.float().abs()
-        keep = keep_mask(weight, scores, self.sparsity, self.pattern, per="row")
+        keep = keep_mask(weight, scores, self.rate_of(layer), self.pattern, per="row")
         weight, entry = pruned(weight, keep, scores)
         layer.set_weight(weight)
         if inputs.count:

@@ -1,0 +1,212 @@
+"""Decode and prefill of packed weights in transformers, interleaved with bfloat16 and with other packed formats.
+
+    python benchmarks/decode.py [--shapes 1b 135m] [--bits 4] [--head-bits 4] [--rounds 3] [--prompt 32] [--new 64]
+        [--prefill 512] [--systems compress bf16 bitsandbytes torchao] --name NAME
+
+Random weights of the shape (speed does not depend on what they are): Llama-3.2-1B's or SmolLM-135M's, head and
+embedding tied in bfloat16 systems and stored apart where the head is packed. Groups of 128, or 64 where 128 does not
+divide. Batch 1, greedy; a decode figure is the new tokens after the first over the time they take. All systems are
+held at once, and take turns: A B C A B C. bitsandbytes is NF4 of all linear layers but the head, torchao its CPU
+layout of int4, each as it comes; a system that is not installed is left out. Writes benchmarks/results/decode-
+NAME.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from compress.maths.grid import QuantSpec
+from compress.measure.environment import environment
+from compress.nn import kernels
+from compress.nn.quant_linear import QuantLinear
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {
+        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 8192, "vocab_size": 128256,
+    },
+    "135m": {
+        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "intermediate_size": 1536, "vocab_size": 49152,
+    },
+}  # fmt: skip
+
+
+def dense(shape: str) -> PreTrainedModel:
+    """A model of the shape with random weights in bfloat16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, dtype=torch.bfloat16)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    return model
+
+
+def packed(model: PreTrainedModel, bits: int, head_bits: int) -> PreTrainedModel:
+    """A copy whose linear layers are packed (random codes), the head in `head_bits` (16: as it is)."""
+    found = copy.deepcopy(model)
+    head = found.get_output_embeddings()
+    for name, layer in list(found.named_modules()):
+        if not isinstance(layer, nn.Linear) or (layer is head and head_bits == 16):
+            continue
+        group = 128 if layer.in_features % 128 == 0 else 64
+        spec = QuantSpec(head_bits if layer is head else bits, group, True, "bfloat16")
+        new = QuantLinear(layer.in_features, layer.out_features, spec, dtype=torch.bfloat16)
+        new.weight_packed.random_(-(2**31), 2**31 - 1)
+        new.weight_scale.fill_(0.003)
+        new.exact = False
+        found.set_submodule(name, new)
+    return found
+
+
+def with_bitsandbytes(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in NF4, the head left as it is, as transformers makes it."""
+    import bitsandbytes
+
+    found = copy.deepcopy(model)
+    head = found.get_output_embeddings()
+    for name, layer in list(found.named_modules()):
+        if isinstance(layer, nn.Linear) and layer is not head:
+            new = bitsandbytes.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            new.load_state_dict({"weight": layer.weight.data})
+            found.set_submodule(name, new.to("cpu"))
+    return found
+
+
+def with_torchao(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in int4, groups of 64 or 128, the head left as it is."""
+    from torchao.quantization import quantize_
+
+    try:
+        from torchao.prototype.int4_opaque_tensor import Int4WeightOnlyOpaqueTensorConfig as Config
+    except ImportError:
+        from torchao.dtypes import Int4CPULayout
+        from torchao.quantization import Int4WeightOnlyConfig
+
+        def Config(group_size: int) -> Any:
+            return Int4WeightOnlyConfig(group_size=group_size, layout=Int4CPULayout(), version=1)
+
+    found = copy.deepcopy(model)
+    group = 128 if found.config.hidden_size % 128 == 0 else 64
+    quantize_(found.model, Config(group_size=group))
+    return found
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel, prompt: int, new: int) -> float:
+    """Tokens a second after the first new one."""
+    ids = torch.arange(prompt).unsqueeze(0) + 5
+    options = {"do_sample": False, "pad_token_id": 0}
+
+    def seconds(count: int) -> float:
+        started = time.perf_counter()
+        model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
+        return time.perf_counter() - started
+
+    first = seconds(1)
+    return (new - 1) / (seconds(new) - first)
+
+
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, length: int) -> float:
+    """Tokens a second, last logits only."""
+    ids = torch.arange(length).unsqueeze(0) % 1000
+    started = time.perf_counter()
+    model(input_ids=ids, logits_to_keep=1, use_cache=True)
+    return length / (time.perf_counter() - started)
+
+
+def bandwidth() -> float:
+    """Bytes a second at which this machine reads memory: the best of a few sums over 400 MB."""
+    values = torch.ones(100_000_000)
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        values.sum()
+        best = max(best, values.nbytes / (time.perf_counter() - started))
+    return best
+
+
+def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Median decode and prefill of every system on one shape, and their ratios to bfloat16 within each round."""
+    base = dense(shape)
+    makers: dict[str, Callable[[], PreTrainedModel]] = {
+        "bf16": lambda: base,
+        "compress": lambda: packed(base, options.bits, options.head_bits),
+        "bitsandbytes": lambda: with_bitsandbytes(base),
+        "torchao": lambda: with_torchao(base),
+    }
+    systems = {}
+    for name in options.systems:
+        try:
+            systems[name] = makers[name]()
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+    if "compress" in systems:
+        layer = systems["compress"].model.layers[0].mlp.up_proj
+        print("kernel:", kernels.choose(layer, torch.zeros(1, layer.in_features, dtype=torch.bfloat16)).name)
+    decoded: dict[str, list[float]] = {name: [] for name in systems}
+    filled: dict[str, list[float]] = {name: [] for name in systems}
+    for number in range(options.rounds + 1):  # the first round warms up
+        for name, model in systems.items():
+            figures = decode(model, options.prompt, options.new), prefill(model, options.prefill)
+            if number:
+                decoded[name].append(figures[0])
+                filled[name].append(figures[1])
+                print(shape, name, *(f"{figure:.1f}" for figure in figures), flush=True)
+    rows = {
+        name: {
+            "decode": median(decoded[name]), "prefill": median(filled[name]),
+            "decode_ratio": median(a / b for a, b in zip(decoded[name], decoded["bf16"], strict=True)),
+            "prefill_ratio": median(a / b for a, b in zip(filled[name], filled["bf16"], strict=True)),
+            "rounds": {"decode": decoded[name], "prefill": filled[name]},
+        }
+        for name in systems
+    }  # fmt: skip
+    return {"shape": SHAPES[shape], "rows": rows, "bytes_per_second": bandwidth()}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    lines = ["| shape | system | decode tok/s | x bf16 | prefill tok/s | x bf16 |", "|---|" + "---|" * 5]
+    for shape, result in found.items():
+        for name, row in result["rows"].items():
+            cells = [row["decode"], row["decode_ratio"], row["prefill"], row["prefill_ratio"]]
+            lines.append(f"| {shape} | {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--systems", nargs="+", default=["bf16", "compress", "bitsandbytes", "torchao"])
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--head-bits", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--name", required=True)
+    options = parser.parse_args()
+    found = {shape: measured(shape, options) for shape in options.shapes}
+    place = RESULTS / f"decode-{options.name}.json"
+    settings = {"command": "python benchmarks/decode.py ...", "options": vars(options)}
+    around = environment(threads=torch.get_num_threads(), device="cpu")
+    place.write_text(json.dumps({**settings, "environment": around, "shapes": found}, indent=1) + "\n")
+    place.with_suffix(".md").write_text(markdown(found))
+    print(markdown(found))
+
+
+if __name__ == "__main__":
+    main()

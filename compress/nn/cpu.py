@@ -1,0 +1,153 @@
+"""The CPU kernel for packed weights: `cpu.cpp`, built when the package is installed if there was a compiler.
+
+Without it nothing is lost but speed. It is loaded when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from compress.nn.quant_linear import QuantLinear
+
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: Levels of instructions that the kernel is written for; the number is what it calls them.
+LEVELS = {1: "AVX2", 2: "AVX-512"}
+#: Columns of a layer and of its groups come in multiples of this.
+STEP = 32
+#: Tokens from which it is faster to expand rows of the weight and leave the product to torch.
+MANY = 24
+#: Bytes of expanded weight at a time: most layers at once, the head of a large vocabulary in parts.
+_EXPANDED_BYTES = 1 << 25
+_kept = threading.local()
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("packed", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero", ctypes.c_void_p),
+        ("rows", ctypes.c_int64), ("columns", ctypes.c_int64), ("groups", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64), ("bits", ctypes.c_int32), ("scale_kind", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class Prepared:
+    """What the kernel is told of a layer, and the tensors that the addresses in it belong to."""
+
+    def __init__(self, layer: QuantLinear):
+        self.packed, self.scale = layer.weight_packed, layer.weight_scale
+        zero = layer.zero_point()
+        self.zero = None if zero is None else zero.contiguous()
+        self.layer = _Layer(
+            self.packed.data_ptr(), self.scale.data_ptr(), None if self.zero is None else self.zero.data_ptr(),
+            layer.out_features, layer.in_features, self.scale.shape[1], 4 * self.packed.shape[1], layer.spec.bits,
+            _KINDS[self.scale.dtype],
+        )  # fmt: skip
+        self.address = ctypes.addressof(self.layer)
+
+    def holds(self, layer: QuantLinear) -> bool:
+        """Whether it was made from these tensors: a checkpoint may have put others in their place."""
+        return layer.weight_packed is self.packed and layer.weight_scale is self.scale
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel; None where it was not built, or where this processor lacks AVX2."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_cpu{suffix}")
+        if path.exists():
+            try:
+                found = ctypes.CDLL(os.fspath(path))
+            except OSError:  # built for another system
+                return None
+            found.compress_product.argtypes = (
+                ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
+                ctypes.c_int32,
+            )  # fmt: skip
+            found.compress_expand.argtypes = (
+                ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
+                ctypes.c_int32,
+            )  # fmt: skip
+            found.compress_product.restype = found.compress_expand.restype = None
+            return found if found.compress_level() else None
+    return None
+
+
+def why_not(layer: QuantLinear) -> str | None:
+    """Why the kernel cannot serve a layer, as the end of a sentence; None where it can."""
+    if library() is None:
+        return "it was not built (no compiler when the package was installed) or this processor lacks AVX2"
+    if layer.spec.stored != "packed" or layer.spec.activations or layer.spec.bits not in (2, 3, 4, 8):
+        return "it is for weights in packed codes of 2, 3, 4 or 8 bits, and inputs that are not rounded"
+    if layer.in_features % STEP or layer.in_features // layer.weight_scale.shape[1] % STEP:
+        return f"columns and groups must be multiples of {STEP}"
+    return None
+
+
+def fits(layer: QuantLinear, x: Tensor) -> bool:
+    """Whether the kernel can compute this product; not where gradients are asked for."""
+    if x.device.type != "cpu" or layer.exact or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if not x.numel() or (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return False
+    prepared = layer.prepared
+    if prepared is not None and prepared.holds(layer):
+        return True
+    if why_not(layer) is not None or layer.weight_packed.device.type != "cpu":
+        return False
+    if not (layer.weight_packed.is_contiguous() and layer.weight_scale.is_contiguous()):
+        return False
+    layer.prepared = Prepared(layer)
+    return True
+
+
+def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
+    """x [..., in] times the packed weight, sums in float32: [..., out] in the dtype of x. `level`: the most to use."""
+    prepared, found = layer.prepared, library()
+    assert prepared is not None
+    assert found is not None
+    x = x if x.is_contiguous() else x.contiguous()
+    many = x.numel() // layer.in_features
+    if many >= MANY:
+        out = _expand_and_multiply(found, layer, x.view(many, -1), level).view(*x.shape[:-1], layer.out_features)
+    else:
+        out = x.new_empty((*x.shape[:-1], layer.out_features))
+        found.compress_product(
+            prepared.address, x.data_ptr(), many, out.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level
+        )
+    if layer.bias is not None:
+        out += layer.bias.to(out.dtype)
+    return out
+
+
+def _expand_and_multiply(found: ctypes.CDLL, layer: QuantLinear, x: Tensor, level: int) -> Tensor:
+    """So many rows of the weight at a time in the dtype of x, and torch's product."""
+    prepared = layer.prepared
+    assert prepared is not None
+    step = max(64, _EXPANDED_BYTES // (layer.in_features * x.element_size()))
+    out = x.new_empty((len(x), layer.out_features))
+    weight = _scratch(min(step, layer.out_features) * layer.in_features, x.dtype).view(-1, layer.in_features)
+    for first in range(0, layer.out_features, step):
+        last = min(first + step, layer.out_features)
+        found.compress_expand(
+            prepared.address, first, last, weight.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level
+        )
+        torch.mm(x, weight[: last - first].t(), out=out[:, first:last])
+    return out
+
+
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """Room for so many numbers, kept by the thread: fresh pages take longer to come by than the product itself."""
+    kept: Tensor | None = getattr(_kept, "bytes", None)
+    size = count * dtype.itemsize
+    if kept is None or kept.numel() < size:
+        kept = _kept.bytes = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(dtype)
