@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from compress.passes.lora import LoRA as LoRA
     from compress.passes.magnitude import Magnitude as Magnitude
     from compress.passes.quantize import Quantize as Quantize
+    from compress.passes.repair import Repair as Repair
     from compress.passes.rotate import Rotate as Rotate
     from compress.passes.rtn import RTN as RTN
     from compress.passes.smoothquant import SmoothQuant as SmoothQuant
@@ -65,6 +66,7 @@ _PUBLIC = {
     "Quantize": "compress.passes.quantize",
     "RTN": "compress.passes.rtn",
     "Recipe": "compress.recipe",
+    "Repair": "compress.passes.repair",
     "Report": "compress.reports.report",
     "Rotate": "compress.passes.rotate",
     "SmoothQuant": "compress.passes.smoothquant",

@@ -17,13 +17,15 @@ PEFT_BYTES = 64 << 20
 @dataclass(frozen=True)
 class Trained:
     """`values` that are trained, on micro-batches of `windows`. `original`: the original model runs beside; `held_out`:
-    the best values so far are kept; `merged`: the sides of the layers that adapters are merged into."""
+    the best values so far are kept; `unpacked`: packed weights are kept unpacked; `merged`: the sides of the layers
+    that adapters are merged into."""
 
     values: int
     windows: int
     checkpointing: bool
     original: bool
     held_out: bool
+    unpacked: bool
     merged: Sequence[tuple[int, int]] = ()
 
 
@@ -38,7 +40,9 @@ def training_parts(shape: ModelShape, trained: Trained, calibration_windows: int
         "activations": activation_bytes(shape, trained.windows, trained.checkpointing),
     }
     packed = [module for module in shape.handle.model.modules() if isinstance(module, QuantLinear)]
-    if packed:  # the weight of one layer at a time, made anew on the way back
+    if packed and trained.unpacked:
+        parts["unpacked layers"] = 4 * sum(module.in_features * module.out_features for module in packed)
+    elif packed:  # the weight of one layer at a time, made anew on the way back
         parts["a layer unpacked"] = 8 * max(module.in_features * module.out_features for module in packed)
     if trained.merged and "sparse" in shape.handle.states:
         parts["masked products"] = 8 * sum(math.prod(side) for side in trained.merged)

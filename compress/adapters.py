@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compress.checkpoint import atomic_write_text, disk_errors
+from compress.checkpoint import TensorSpec, atomic_write_text, disk_errors, write_checkpoint
 from compress.errors import CompressError, StartError
 from compress.nn.quant_linear import QuantLinear
 
@@ -53,10 +53,11 @@ class Adapter:
 
     def save(self, folder: Path) -> None:
         """Writes the folder that plain peft loads, the config last."""
+        tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-            save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        write_checkpoint(folder, specs, tensors.__getitem__, stem=Path(TENSORS).stem)
         atomic_write_text(folder / CONFIG, json.dumps(self.config, indent=2, sort_keys=True) + "\n")
 
     @classmethod

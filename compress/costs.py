@@ -71,7 +71,7 @@ def model(shape: ModelShape, holding: Holding, used_outside: bool) -> Parts:
     return {"model": shape.dense_bytes - unused}
 
 
-def whole_pass(shape: ModelShape, holding: Holding, extra: int | None, text: Text | None = None) -> Parts:
+def whole_pass(shape: ModelShape, holding: Holding, extra: Parts, text: Text | None = None) -> Parts:
     """A pass that is no `BlockPass`, `shape` being as it leaves the model; `extra` is what it says it takes besides;
     `text` what it sends through the blocks one by one, on two paths."""
     parts = model(shape, holding, used_outside=True)
@@ -80,7 +80,7 @@ def whole_pass(shape: ModelShape, holding: Holding, extra: int | None, text: Tex
     if text is not None:
         parts["hidden states"] = text.tokens * (2 * shape.hidden * shape.dtype.itemsize + 8)
         parts["activations"] = activations(shape, shape.widest, text.in_flight(), text.length)
-    return parts | {"pass": extra or 0}
+    return parts | extra
 
 
 def one_pass(pass_: BlockPass, shape: ModelShape, holding: Holding, text: Text | None) -> Parts:

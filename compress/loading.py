@@ -26,6 +26,7 @@ from compress.errors import CompressError, StartError, nearest
 from compress.formats import packed
 from compress.formats.compressed_tensors import read_specs
 from compress.formats.folder import HISTORY
+from compress.locating import adapter_beside
 from compress.maths.grid import SCALE_DTYPES, QuantSpec
 from compress.nn.bnb_linear import MISSING, load_bitsandbytes
 from compress.nn.quant_cache import CacheSpec, use_packed_cache
@@ -39,22 +40,25 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     packed_cache: bool = True,
+    adapter: bool = True,
 ) -> PreTrainedModel:
     """The model in `folder` (what a run left, `DIR` or `DIR/model`, or any Hugging Face folder), ready to run.
 
     Packed weights stay packed while it runs. `dtype` (default: the one stored) is that of everything that is not
     packed, and of the arithmetic. Where a run could only store its model unpacked, its `exports/packed` is read.
     Where the model's history has a `kv_cache`, its cache is packed while it writes, unless `packed_cache` is false.
+    Where an adapter stands beside the model (`DIR/adapter`), it is put in, unless `adapter` is false.
     `StartError` for a folder that is no model; `CompressError`, with the names, where the tensors do not fit.
     """
     folder = find_model(Path(folder))
+    beside = adapter_beside(folder) if adapter else None
     config = _config(folder)
     cls = model_class(config)
     dtype = dtype or stored_dtype(config)
     quantized = getattr(config, "quantization_config", None)
     own = packed.is_packed(folder)
     if method_of(quantized) == "bitsandbytes":
-        return _finished(_load_bitsandbytes(folder, cls, dtype, device), folder, packed_cache)
+        return _finished(_load_bitsandbytes(folder, cls, dtype, device), folder, packed_cache, beside)
     if quantized is not None:
         del config.quantization_config
     if own or quantized is not None:
@@ -66,16 +70,20 @@ def load(
     model.to(torch.device(device))
     if quantized is not None:  # so that save_pretrained writes a folder that can be read again
         model.config.quantization_config = quantized
-    return _finished(model, folder, packed_cache)
+    return _finished(model, folder, packed_cache, beside)
 
 
-def _finished(model: PreTrainedModel, folder: Path, packed_cache: bool) -> PreTrainedModel:
+def _finished(model: PreTrainedModel, folder: Path, packed_cache: bool, adapter: Path | None = None) -> PreTrainedModel:
     """The loaded model with what the folder says beside its weights."""
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.compress_history = _read_json(folder / HISTORY).get("history", [])
     if packed_cache:
         use_packed_cache(model, recorded_cache(folder))
+    if adapter is not None:
+        from compress.adapters import Adapter
+
+        Adapter.read(adapter).attach(model)
     return model.requires_grad_(False).eval()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from compress.errors import StartError
+from compress.errors import CompressError, StartError
 
 _WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -45,6 +46,26 @@ def _download(model: str) -> Path:
             f"model: {model} is no folder here, so the Hugging Face hub is needed, and it cannot be reached "
             f"({type(error).__name__}). Give a local folder, or builtin:tiny."
         ) from error
+
+
+def adapter_beside(folder: Path) -> Path | None:
+    """The adapter that a run left beside its model (`DIR/adapter` for `DIR/model`), or None. Where the model's history
+    says that there is one, it must be there."""
+    try:
+        history = json.loads((folder / "compress.json").read_text(encoding="utf-8"))["history"]
+        last = next((entry for entry in reversed(history) if entry["pass"] != "kv_cache"), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if last is None or last["leaves"] != "adapter":
+        return None
+    parent = folder.absolute().parent
+    adapter = (parent.parent if parent.name == "exports" else parent) / "adapter"
+    if not (adapter / "adapter_config.json").is_file():
+        raise CompressError(
+            f"{folder} is the base of an adapter, by its history, and {adapter} does not hold it. Put it there, or "
+            "load the base alone: compress.load(..., adapter=False)."
+        )
+    return adapter
 
 
 def context_length(config: Any) -> int | None:

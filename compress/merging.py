@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy as shallow
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,6 +51,15 @@ def dense_like(packed: QuantLinear, weight: Tensor) -> nn.Module:
     elif packed.bias is not None:
         layer.bias = nn.Parameter(packed.bias.detach(), requires_grad=False)
     return layer
+
+
+def dense_copy(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A Linear or Conv1D as `layer`, with its bias and another weight [out, in]."""
+    copy = shallow(layer)
+    copy._parameters = dict(layer._parameters)
+    kept = weight.t() if isinstance(layer, Conv1D) else weight
+    copy._parameters["weight"] = nn.Parameter(kept.to(layer.weight.dtype).contiguous(), requires_grad=False)
+    return copy
 
 
 class Requantize(GPTQ):

@@ -363,6 +363,7 @@ class ModelHandle:
             tokenizer=tokenizer,
             history=self.history,
             card=card,
+            adapter=self.adapter is not None,
         )
 
     def _stored_block(self, block: Block) -> tuple[dict[str, _Stored], QuantSpecs]:

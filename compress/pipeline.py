@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,7 @@ def _compress(
     stages = []
     latest = None  # the stage that holds the blocks as they now are
     for index, pass_ in enumerate(recipe.passes):
+        pass_ = pass_.model_copy(update=ready.plan.options_of(index))
         stages.append(_apply(pass_, index, model, ready, recipe, work, bare, progress))
         if pass_.changes_weights:
             if latest is not None and model.resident:
@@ -109,7 +112,8 @@ def _compress(
         step.advance("written")
         # A text at a time, as the reloading process runs them: rounded inputs turn the last bit of a sum into a step,
         # and LLM.int8 rounds by all the tokens that come together.
-        expected = stream_outputs(model, ready.probe, tokens_per_batch=1)
+        with model.adapter.attached(model.model) if model.adapter is not None else nullcontext():
+            expected = stream_outputs(model, ready.probe, tokens_per_batch=1)
         dtype = model.dtype
         del model
         gc.collect()
@@ -149,6 +153,8 @@ def _apply(
         if outside is not None:
             model.restore_outside(*outside)
         result = stage.result()
+        if pass_.changes_weights:
+            model.adapter = _kept_adapter(stage) if pass_.leaves == "adapter" else None
     else:
         forget_peak()
         started = time.monotonic()
@@ -170,7 +176,15 @@ def _apply(
     if pass_.changes_weights:
         model.latest = stage
     model.record(pass_)
+    if model.adapter is None:
+        model.states.discard("adapter")
     return Stage(**result)
+
+
+def _kept_adapter(stage: Any) -> Any:
+    from compress.adapters import Adapter
+
+    return Adapter.read(stage.folder / "adapter")
 
 
 def _original(ready: Prepared, recipe: Recipe) -> PreTrainedModel:
@@ -192,7 +206,11 @@ def _record(pass_: Pass, done: PassResult, seconds: float, peak: int, ready: Pre
 
 
 def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[Stage]) -> list[str]:
-    """Writes `model/` and `exports/<format>/`; the notes are sentences for the report."""
+    """Writes `model/`, `adapter/` where there is one, and `exports/<format>/`; the notes are sentences for the
+    report."""
+    shutil.rmtree(ready.output / "adapter", ignore_errors=True)
+    if model.adapter is not None:
+        model.adapter.save(ready.output / "adapter")
     contents = model.contents(ready.tokenizer, card=model_card(recipe, stages))
     write_model_folder(ready.output / "model", contents)
     formats = list(recipe.export)
@@ -202,7 +220,13 @@ def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[St
     for name in formats:
         if name != default_format(contents):
             write_model_folder(ready.output / "exports" / name, contents, name)
-    return [said for said in (note, ZEROS_NOTE if "sparse" in model.states else None) if said]
+    notes = [said for said in (note, ZEROS_NOTE if "sparse" in model.states else None) if said]
+    if model.adapter is not None:
+        notes.append(
+            "adapter/ stands beside model/, which is its base: the figures, and the check of what was written, are of "
+            "the two together, as plain peft loads them. exports/ hold the base alone."
+        )
+    return notes
 
 
 def _report(recipe: Recipe, ready: Prepared, stages: list[Stage], verified: Verified, notes: list[str]) -> Report:

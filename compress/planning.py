@@ -8,7 +8,7 @@ Memory is the peak of resident memory above that of a process that has imported 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ LOAD, BEFORE, EXPORT, AFTER = "load", "benchmark original", "export", "benchmark
 @dataclass(frozen=True)
 class PlanStep:
     """One step of a run. Bytes: `memory` at its peak, `disk` in use by the run at its peak, `weights` of all
-    `*.safetensors` if the model were written as it stands after the step. `parts` are what memory is the sum of."""
+    `*.safetensors` if the model were written as it stands after the step. `parts` are what memory is the sum of;
+    `options` of a pass are those that were chosen so that it fits."""
 
     name: str
     memory_bytes: int
@@ -47,6 +48,7 @@ class PlanStep:
     weights_bytes: int
     note: str = ""
     parts: dict[str, int] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,19 @@ class Plan:
 
     def of_pass(self, index: int) -> dict[str, int]:
         """What the report sets beside the measured figures of the pass at `index` in the recipe."""
-        step = self.steps[index + (2 if self.steps[1].name == BEFORE else 1)]
+        step = self._step_of(index)
         return {
             "peak_memory_bytes": step.memory_bytes,
             "disk_bytes": step.disk_bytes,
             "weights_bytes": step.weights_bytes,
         }
+
+    def options_of(self, index: int) -> dict[str, Any]:
+        """The options of the pass at `index` in the recipe that were chosen so that it fits the recipe's `memory`."""
+        return self._step_of(index).options
+
+    def _step_of(self, index: int) -> PlanStep:
+        return self.steps[index + (2 if self.steps[1].name == BEFORE else 1)]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON-able values."""
@@ -134,9 +143,18 @@ class _Walkthrough:
     def _folder_bytes(self, format: str | None = None) -> int:
         """Bytes of the weights' files of a folder in this format (None: that of `model/`)."""
         contents = self.shape.contents()
-        return checkpoint_bytes(_named(format or default_format(contents)).stored(contents))
+        adapter = checkpoint_bytes(self.shape.adapter) if self.shape.adapter and format is None else 0
+        return checkpoint_bytes(_named(format or default_format(contents)).stored(contents)) + adapter
+
+    def _fitted(self, pass_: Pass) -> Pass:
+        """The pass with options for which it fits the recipe's `memory`, where it has a choice."""
+        if self.recipe.memory_bytes is None:
+            return pass_
+        rest = costs.total(costs.whole_pass(self.shape, self.holding, {})) + costs.RUNTIME_BYTES
+        return pass_.fitted(self.shape, self.recipe.memory_bytes - rest)
 
     def _pass(self, pass_: Pass) -> PlanStep:
+        options: dict[str, Any] = {}
         if isinstance(pass_, BlockPass):
             text = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
             planned = self.shape.planned(pass_)
@@ -152,14 +170,22 @@ class _Walkthrough:
             if not pass_.changes_weights:
                 parts = costs.model(self.shape, self.holding, used_outside=True)
                 return self._step(pass_.name, parts, note="changes no weight")
-            extra = pass_.extra_bytes(self.shape)
-            text = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
-            parts = costs.whole_pass(self.shape, self.holding, extra, text)
+            if pass_.needs_training:
+                entry = self.recipe.data.training or self.recipe.data.calibration
+                self.shape.window = min((entry.length if entry else None) or 256, self.shape.context)
+            fitted = self._fitted(pass_)
+            options = {name: v for name, v in fitted.options().items() if v != pass_.options()[name]}
+            extra = fitted.extra_parts(self.shape)
+            seen = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
+            parts = costs.whole_pass(self.shape, self.holding, extra or {}, seen)
             note = "what it takes beside the model is not known" if extra is None else ""
+            note = "; ".join(
+                filter(None, [note, *(f"{name}: {value}, to fit memory" for name, value in options.items())])
+            )
         # With the whole model in memory, a stage is kept until the next one is complete; else blocks are read from it.
         kept = self.shape.stage_bytes(pass_.changes_outside)
         self.stages = [*(self.stages[-1:] if self.holding.resident else self.stages), kept]
-        return self._step(pass_.name, parts, note=note)
+        return replace(self._step(pass_.name, parts, note=note), options=options)
 
     def _export(self) -> PlanStep:
         contents = self.shape.contents()

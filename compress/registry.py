@@ -98,6 +98,7 @@ PASSES = Registry(
         "lora": "compress.passes.lora:LoRA",
         "magnitude": "compress.passes.magnitude:Magnitude",
         "quantize": "compress.passes.quantize:Quantize",
+        "repair": "compress.passes.repair:Repair",
         "rotate": "compress.passes.rotate:Rotate",
         "rtn": "compress.passes.rtn:RTN",
         "smoothquant": "compress.passes.smoothquant:SmoothQuant",

@@ -51,8 +51,10 @@ class ModelShape:
         self.dtype = dtype
         self._look()
         self.original_bytes = self.dense_bytes
-        #: Tokens of a window of training text, and bytes of the adapter beside the model.
-        self.window, self.adapter_bytes = min(256, self.context), 0
+        #: Tokens of a window of training text.
+        self.window = min(256, self.context)
+        #: The tensors of the adapter beside the model.
+        self.adapter: list[TensorSpec] = []
         self.packed_bytes = 0
         #: Whether plain transformers expands the packed layers to run them; bitsandbytes' it runs as they are.
         self.expands = False
@@ -117,6 +119,8 @@ class ModelShape:
             pass_.reshape(self.handle)
             if pass_.structural:
                 self._look()
+            if pass_.changes_weights:
+                self.adapter = pass_.adapter_specs(self)
             outside = sum(t.nbytes for t in self.handle.outside().values())
             self.dense_bytes += outside - self.outside_bytes
             self.outside_bytes = outside

@@ -40,11 +40,13 @@ def over_blocks(
     context: Context,
     change: Callable[[Block], dict[str, Any]],
     stream: CalibrationStream | None = None,
+    restored: Callable[[Block], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Calls `change` on every block in order and returns what it returned; `name` is what the progress shows.
 
     A block that `context.stage` already holds is taken from there, so that a killed run continues where it was.
-    `stream` is pushed through the blocks taken from there; `change` itself pushes it through those it changes.
+    `stream` is pushed through the blocks taken from there, after `restored` was called on them; `change` itself pushes
+    it through those it changes.
     """
     records: list[dict[str, Any]] = []
     with context.progress.step(name, total=len(model.block_list())) as step:
@@ -55,6 +57,8 @@ def over_blocks(
                 if stream is not None:
                     stream.advance_original(block)  # now: what comes next takes the place of the weights it came with
                 block.restore(*context.stage.read(block, model.device))
+                if restored is not None:
+                    restored(block)
                 if stream is not None:
                     stream.advance(block)
                 record = kept

@@ -786,3 +786,17 @@ def row_divergence(student, teacher, direction, beta=0.5, temperature=1.0, kept=
     m = [beta * a + (1 - beta) * b for a, b in zip(p, q, strict=True)]
     jsd = beta * kl(p, m) + (1 - beta) * kl(q, m)
     return {"forward": kl(p, q), "reverse": kl(q, p), "jsd": jsd}[direction] * temperature**2
+
+
+def eora(error: np.ndarray, inputs: np.ndarray, r: int) -> np.ndarray:
+    """The correction of EoRA (arXiv 2410.21271, section 3.2), float64: `error` [out, in] is projected into the
+    eigenspace of the inputs' [tokens, in] second moment, approximated there by its first `r` singular values, and
+    projected back."""
+    values, vectors = np.linalg.eigh(inputs.T @ inputs)
+    values = np.clip(values, 0, None)
+    keep = values > 1e-12 * values.max()
+    projection = vectors[:, keep] * np.sqrt(values[keep])  # [in, kept]: Q sqrt(Lambda)
+    left, singular, right = np.linalg.svd(error @ projection, full_matrices=False)
+    nearest = (left[:, :r] * singular[:r]) @ right[:r]
+    back = (vectors[:, keep] / np.sqrt(values[keep])).T  # its inverse on what was kept
+    return nearest @ back

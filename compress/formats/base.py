@@ -26,7 +26,8 @@ class Contents:
 
     `tensors` announces every tensor by its name in the model's state dict, tied ones once; `read(name)` is called once
     per tensor, in that order, so memory stays at the largest tensor if `read` keeps nothing. Tensors of quantized
-    layers are those of `QuantLinear`; `quantization` has the spec of each such layer by its name in the model.
+    layers are those of `QuantLinear`; `quantization` has the spec of each such layer by its name in the model;
+    `adapter`: whether one stands beside the model, which plain peft is to put in.
     """
 
     config: PretrainedConfig
@@ -39,6 +40,7 @@ class Contents:
     tokenizer: PreTrainedTokenizerBase | None = None
     history: Sequence[Mapping[str, Any]] = ()
     card: str = ""
+    adapter: bool = False
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:

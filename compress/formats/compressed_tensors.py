@@ -77,15 +77,21 @@ class CompressedTensors(Format):
         write_checkpoint(folder, *expanded(contents, left))
         packed = {name: spec for name, spec in contents.quantization.items() if name not in left}
         config = quantization_config(packed, contents.kinds)
+        if contents.adapter and _expandable(contents.dtype, packed):
+            config["dequantize"] = True  # peft looks for a layer's weight, which else is there after the first forward
         write_ordinary_files(folder, contents, self.name, config, {"unpacked": left} if left else None)
 
 
 def unpacked(dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> list[str]:
     """The quantized embeddings that transformers could not read packed beside the other layers."""
-    readable = len({_scheme(spec) for spec in specs.values()}) == 1 and all(
+    return [] if _expandable(dtype, specs) else of_kind("Embedding", kinds, specs)
+
+
+def _expandable(dtype: torch.dtype, specs: Mapping[str, QuantSpec]) -> bool:
+    """Whether transformers, expanding all layers while it loads them, makes the same of them as we do."""
+    return len({_scheme(spec) for spec in specs.values()}) == 1 and all(
         not spec.symmetric or spec.torch_scale_dtype == dtype for spec in specs.values()
     )
-    return [] if readable else of_kind("Embedding", kinds, specs)
 
 
 def _left(contents: Contents) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import StartError
+from compress.locating import adapter_beside
 from compress.measure.jobs import JobResult, fingerprint, key_of, run_job
 from compress.measure.measurements import BenchmarkJob, Measurements
 from compress.progress import Progress
@@ -235,7 +236,9 @@ def _prefixed(records: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _files(found: Measurements, original_parameters: int) -> None:
-    sizes = [file.stat().st_size for file in sorted(found.folder.glob("*.safetensors"))]
+    adapter = adapter_beside(found.folder)
+    folders = [found.folder] if adapter is None else [found.folder, adapter]
+    sizes = [file.stat().st_size for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     found.records |= {"file_bytes": sizes, "total_bytes": [sum(sizes)], "original_parameters": [original_parameters]}
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
+from compress.locating import adapter_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +94,8 @@ def run_child(command: list[str], *, what: str, threads: int, out: Path | None =
 def fingerprint(folder: Path) -> str:
     """Identifies a model folder's present content: sizes and times of the weights, the bytes of the small files."""
     found = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    adapter = adapter_beside(folder)
+    for file in sorted([*folder.iterdir(), *(adapter.iterdir() if adapter is not None else ())]):
         if file.suffix == ".safetensors":
             state = file.stat()
             found.update(f"{file.name}:{state.st_size}:{state.st_mtime_ns};".encode())
@@ -118,7 +120,7 @@ def key_of(*parts: Any) -> str:
 def versions() -> dict[str, str]:
     """Installed versions of what decides a figure."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in ("torch", "transformers", "compressed-tensors", "safetensors", "compress"):
+    for name in ("torch", "transformers", "compressed-tensors", "peft", "safetensors", "compress"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

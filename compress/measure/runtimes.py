@@ -87,18 +87,36 @@ def is_causal(config: dict[str, Any]) -> bool:
     return config.get("model_type") in NAMES
 
 
+def auto_class(config: dict[str, Any]) -> str:
+    """The name of transformers' class that loads a model of this config with its head."""
+    if is_causal(config):
+        return "AutoModelForCausalLM"
+    names = config.get("architectures") or [""]
+    return "AutoModelForSequenceClassification" if names[0].endswith("ForSequenceClassification") else "AutoModel"
+
+
 def load_plain(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The model by transformers alone, as any user would load it, in evaluation mode.
+    """The model by transformers alone (with peft, where an adapter stands beside it), as any user would load it, in
+    evaluation mode.
 
     Errors: CompressError in one sentence when transformers cannot load it. Nothing remote is trusted, and pickled
     weights are not read.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    import transformers
 
-    auto = AutoModelForCausalLM if is_causal(read_config(folder)) else AutoModel
+    from compress.locating import adapter_beside
+
+    auto = getattr(transformers, auto_class(read_config(folder)))
+    adapter = adapter_beside(folder)
     with quiet():
         try:
             model = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+            if adapter is not None:
+                import torch
+                from peft import PeftModel
+
+                model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # packed layers may have a weight only after that
+                model = PeftModel.from_pretrained(model, adapter).get_base_model()
         except Exception as error:
             raise CompressError(f"transformers cannot load {folder}: {first_line(error)}") from error
     return model.to(device).eval()

@@ -24,21 +24,24 @@ TOLERANCE, TOLERANCE_16_BIT = 1e-3, 1e-2
 def plain_output(folder: Path, ids: Tensor, workdir: Path, *, device: str = "cpu", threads: int = 1) -> Tensor:
     """What plain transformers computes from the folder in a fresh process that never imports this package.
 
-    `ids`: int64 [n, length]. Float32 logits [n, length, vocabulary]; of an encoder, the last hidden state.
+    `ids`: int64 [n, length]. Float32 logits [n, length, vocabulary]; of an encoder, the last hidden state. An adapter
+    that stands beside the folder is put in by plain peft.
     """
     from safetensors.torch import load_file, save_file
 
-    from compress.locating import locate
-    from compress.measure.runtimes import is_causal, read_config
+    from compress.locating import adapter_beside, locate
+    from compress.measure.runtimes import auto_class, read_config
 
     folder = locate(folder)
+    adapter = adapter_beside(folder)
     workdir.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="verify-", dir=workdir))
     try:
         save_file({"ids": ids.contiguous()}, work / "ids.safetensors")
         job = {
             "model": str(folder), "ids": str(work / "ids.safetensors"), "out": str(work / "output.safetensors"),
-            "causal": is_causal(read_config(folder)), "dtype": "auto", "device": device, "threads": threads,
+            "auto": auto_class(read_config(folder)), "adapter": None if adapter is None else str(adapter),
+            "dtype": "auto", "device": device, "threads": threads,
         }  # fmt: skip
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, "-P", str(CHECK), str(work / "job.json")]

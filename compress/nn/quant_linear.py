@@ -234,7 +234,8 @@ class _Frozen(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         (gradient,) = upstream
-        return (gradient @ ctx.layer.dequantize(gradient.dtype)).to(ctx.dtype), None
+        weight = ctx.layer.cached_weight(ctx.dtype).to(gradient.dtype)
+        return (gradient @ weight).to(ctx.dtype), None
 
 
 def packed_tensors(

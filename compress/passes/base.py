@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from compress.calibration import BlockCalibration
+    from compress.checkpoint import TensorSpec
     from compress.data import Windows
     from compress.maths.grid import QuantSpec
     from compress.model import Block, ModelHandle
@@ -135,6 +136,10 @@ class Pass(BaseModel):
 
     def reshape(self, model: ModelHandle) -> None:
         """Does to the shapes of a model without weights what `run` does (for the plan). StartError where it cannot."""
+
+    def adapter_specs(self, shape: ModelShape) -> list[TensorSpec]:
+        """The tensors of the adapter that the pass leaves beside the model."""
+        return []
 
     def fitted(self, shape: ModelShape, room: int) -> Self:
         """The same pass with options for which `run` allocates at most `room` bytes, as far as it has a choice."""

@@ -313,7 +313,7 @@ class Distill(Pass):
         values = shape.dense_bytes // shape.dtype.itemsize
         trained = 4 * values * COPIES - (shape.dense_bytes if shape.dtype.itemsize == 4 else 0)
         teacher = self._teacher_bytes(shape)
-        tokens = self.batch_size * min(256, shape.context)
+        tokens = self.batch_size * shape.window
         blocks = len(shape.handle.block_list())
         logits = 5 * SLICE_VALUES + 2 * tokens * shape.hidden
         if self.cache == "off" or self.top_k is None or self.on_policy:

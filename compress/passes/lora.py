@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -24,6 +25,7 @@ from compress.passes.end_to_end import _Imitation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from compress.checkpoint import TensorSpec
     from compress.data import Windows
     from compress.model import ModelHandle
     from compress.shapes import ModelShape
@@ -113,6 +115,10 @@ class LoRA(Pass):
     gradient_checkpointing: bool = Field(
         default=False, description="Keep only the inputs of blocks for the gradient and run them again: less memory."
     )
+    keep_unpacked: bool = Field(
+        default=False,
+        description="Keep packed weights unpacked while training: faster, and takes the dense model's memory.",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Of matrix products in training; auto: bfloat16 for 16-bit models and where the hardware has it.",
@@ -139,9 +145,7 @@ class LoRA(Pass):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size is {self.micro_batch_size}: it must divide batch_size {self.batch_size}"
-            )
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         if self.init_lora_weights == "repair" and self.r == "auto":
             raise ValueError("r is auto, but with init_lora_weights: repair the ranks are those of repair: leave r out")
         if self.init_lora_weights == "pissa" and self.use_dora:
@@ -320,6 +324,7 @@ class LoRA(Pass):
         self, model: ModelHandle, training: Windows, held_out: Windows | None, original: PreTrainedModel | None,
         context: Context,
     ) -> Training:  # fmt: skip
+        from compress.nn.kernels import cached
         from compress.objectives import TextLoss, checkpointed
         from compress.training import Group, Schedule, bf16_is_fast, train
 
@@ -337,7 +342,8 @@ class LoRA(Pass):
         objective = (
             _Recovery(model.model, original) if self.imitates and original is not None else TextLoss(model.model)
         )
-        with checkpointed(model.model, self.gradient_checkpointing):
+        kept = cached(model.model) if self.keep_unpacked else nullcontext()
+        with checkpointed(model.model, self.gradient_checkpointing), kept:
             return train(
                 objective, [Group(self._trainable(model.model), self.learning_rate)], training, schedule,
                 title=self.name, device=model.device, progress=context.progress, held_out=held_out,
@@ -359,10 +365,11 @@ class LoRA(Pass):
         from compress.adapter_costs import Trained, training_parts
 
         windows = self.micro_batch_size or self.batch_size
-        merged = self._sides(shape) if self.merge else []
+        merged = list(self._sides(shape).values()) if self.merge else []
         trained = Trained(
-            self._values(shape), windows, self.gradient_checkpointing, self.needs_teacher, bool(self.held_out), merged
-        )
+            self._values(shape), windows, self.gradient_checkpointing, self.needs_teacher, bool(self.held_out),
+            self.keep_unpacked, merged,
+        )  # fmt: skip
         return training_parts(shape, trained, CALIBRATION_WINDOWS)
 
     def fitted(self, shape: ModelShape, room: int) -> Self:
@@ -374,14 +381,29 @@ class LoRA(Pass):
         found = next((pass_ for pass_ in tried if pass_.extra_bytes(shape) <= room), tried[-1])
         return self if found.micro_batch_size == self.batch_size else found
 
-    def adapter_values(self, shape: ModelShape) -> int:
-        """Values of the adapter that is left beside the model."""
-        return 0 if self.merge else self._values(shape) * (2 if self.init_lora_weights == "pissa" else 1)
+    def adapter_specs(self, shape: ModelShape) -> list[TensorSpec]:
+        """The tensors of the adapter that is left beside the model; with r: auto, one of as many values."""
+        from compress.checkpoint import TensorSpec
 
-    def _sides(self, shape: ModelShape) -> list[tuple[int, int]]:
-        from compress.targets import sides
+        if self.merge or self.init_lora_weights == "repair":
+            return [] if self.merge else shape.adapter
+        whole = {
+            n: m for n, m in shape.handle.model.named_modules() if n.split(".")[-1] in (self.modules_to_save or ())
+        }
+        found = {f"{n}.{key}": tuple(p.shape) for n, m in whole.items() for key, p in m.named_parameters()}
+        if self.r == "auto":
+            return [TensorSpec("auto", torch.float32, (self._values(shape),))]
+        r = self.r * (2 if self.init_lora_weights == "pissa" else 1)
+        for name, (out, columns) in self._sides(shape).items():
+            found |= {f"{name}.lora_A.weight": (r, columns), f"{name}.lora_B.weight": (out, r)}
+            found |= {f"{name}.lora_magnitude_vector": (out,)} if self.use_dora else {}
+        return [TensorSpec(f"base_model.model.{name}", torch.float32, sides) for name, sides in found.items()]
 
-        return [sides(layer) for layer in self._layers(shape.handle).values()]
+    def _sides(self, shape: ModelShape) -> dict[str, tuple[int, int]]:
+        from compress.targets import select, sides
+
+        layers = select(shape.handle, self.target_modules, self.name)
+        return {name: sides(layer) for name, layer in layers.items()}
 
     def _values(self, shape: ModelShape) -> int:
         """Trained values; with r: auto, its budget."""
@@ -389,10 +411,12 @@ class LoRA(Pass):
 
         saved = [m for n, m in shape.handle.model.named_modules() if n.split(".")[-1] in (self.modules_to_save or ())]
         whole: int = sum(parameter.numel() for module in saved for parameter in module.parameters())
+        if self.init_lora_weights == "repair":
+            return sum(math.prod(spec.shape) for spec in shape.adapter)
         if self.r == "auto":
             return budget_of(self.parameters, shape.handle) + whole
         r = self.r
-        return whole + sum(r * (out + columns) + out * self.use_dora for out, columns in self._sides(shape))
+        return whole + sum(r * (out + columns) + out * self.use_dora for out, columns in self._sides(shape).values())
 
 
 class _Recovery(_Imitation):
