@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os.path
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from compress.errors import CompressError, RecipeError, nearest
 from compress.recipe_yaml import Document, Place, nearest_file, pass_entry
-from compress.registry import PASSES, allowed_words, yaml_words
+from compress.registry import PASSES, allowed_words, models_in, yaml_words
 
 if TYPE_CHECKING:
     from compress.passes.base import Pass
@@ -245,19 +245,11 @@ def _field(cls: type[BaseModel], place: Place) -> tuple[type[BaseModel], Any]:
         field = owner.model_fields.get(part)
         if field is None or last:
             break
-        inner = list(_models(field.annotation))
+        inner = list(models_in(field.annotation))
         if not inner:
             return owner, None
         owner = inner[0]
     return owner, field
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models in a field's type, those in lists and unions included."""
-    if hasattr(annotation, "model_fields"):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models(part)
 
 
 def step_name(passes: Sequence[Pass], index: int) -> str:

@@ -1,6 +1,7 @@
 """distill: that a student nears its teacher whatever it is made of, what a warm cache spares, and what is refused."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -408,3 +409,39 @@ def test_windows_carry_labels_and_tasks_to_the_batch():
     item = Taught(windows, None, torch.zeros(64, dtype=torch.long))[3]
     assert torch.equal(item["labels"], TEXT[3])
     assert int(item["task"]) == 0
+
+
+def test_a_classifier_learns_from_half_of_its_blocks_and_is_measured_on_text_kept_back():
+    import transformers
+
+    from compress.data import windows_from
+    from compress.passes.base import Context
+
+    def classifier():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+            num_labels=3, max_position_embeddings=64, pad_token_id=0,
+        )  # fmt: skip
+        config.architectures = ["BertForSequenceClassification"]
+        model = transformers.BertForSequenceClassification(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() >= 2:
+                    parameter.normal_(0, 0.15)
+        return model
+
+    with torch.no_grad():
+        classes = classifier()(TEXT).logits.argmax(-1)
+    windows = dataclasses.replace(windows_from(TEXT, None), labels=classes)
+    model = ModelHandle.wrap(classifier())
+    context = Context(training=windows, original=classifier)
+    losses = _losses({"kl": {"temperature": 2}}, {"hidden": {"weight": 0.2}}, {"labels": {"weight": 0.5}})
+    options = {"steps": 40, "batch_size": 16, "learning_rate": 3e-3, "student": {"layers": 2}, "control": True}
+    measured = compress.Distill(losses=losses, **options).run(model, context).measurements
+    assert len(model.block_list()) == 2
+    assert measured["losses"][-1]["loss"] < 0.7 * measured["losses"][0]["loss"]
+    areas = measured["areas"]
+    assert areas["teacher"]["classes"] == 1.0
+    assert set(areas) == {"teacher", "before", "after", "control", "differences"}
+    assert areas["after"]["classes"] >= areas["before"]["classes"]
