@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -94,17 +95,23 @@ def answers_of(
     if not path.exists():
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        raw = _written(source, options, reasons, prompts, path, seed, progress or Progress())
-        kept = _filtered(source, options, raw, reasons)
-        if not kept:
-            raise CompressError(
-                f"answers: of {len(raw)} answers none is left (filter: {options.filter}; an answer of more than "
-                f"{options.max_tokens} tokens{', or without reasons,' if reasons else ''} does not count)."
-            )
-        atomic_write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-        for shard in _shards(path, len(prompts)):
-            shard.unlink(missing_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # a second run that wants the same waits for it
+            if not path.exists():
+                raw = _written(source, options, reasons, prompts, path, seed, progress or Progress())
+                _finish(path, raw, _filtered(source, options, raw, reasons), options, reasons)
+            for shard in _shards(path, len(prompts)):
+                shard.unlink(missing_ok=True)
     return path, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _finish(path: Path, raw: Sequence[Line], kept: Sequence[Line], options: Answers, reasons: bool) -> None:
+    """Writes the data set; CompressError where nothing is left."""
+    if not kept:
+        raise CompressError(
+            f"answers: of {len(raw)} answers none is left (filter: {options.filter}; an answer of more than "
+            f"{options.max_tokens} tokens{', or without reasons,' if reasons else ''} does not count)."
+        )
+    atomic_write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def _prompts(options: Answers, seed: int) -> Iterable[Line]:

@@ -57,12 +57,15 @@ def run(
     """Apply RECIPE and write the smaller model and its report. The same command continues a run that was stopped."""
     _set_threads(threads)
     from compress.pipeline import run as run_recipe
+    from compress.processes import process_rank
     from compress.recipe import Recipe
     from compress.reports.table import print_report
 
     loaded = Recipe.load(recipe, overrides, model=model, output=output, device=device)
-    with _progress(quiet) as progress:
+    with _progress(quiet or process_rank() > 0) as progress:
         report = run_recipe(loaded, fresh=fresh, progress=progress)
+    if process_rank():
+        return  # the first process reports
     folder = Path(str(loaded.output)).resolve()
     if not quiet:
         print_report(report)

@@ -22,6 +22,7 @@ from compress.nn.bnb_linear import BnbLinear, BnbSpec
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.gptq import GPTQ
 from compress.passes.rtn import rounded_layer
+from compress.processes import process_rank
 from compress.stream import CalibrationStream
 from compress.targets import weight_of
 from compress.walk import over_blocks
@@ -183,7 +184,7 @@ def set_beside(model: ModelHandle, start: Mapping[str, Tensor], context: Context
     adapter = adapters.taken(model.model)
     give_back(model, start)
     model.adapter = without_start(adapter, start) if start else adapter
-    if context.stage is not None:
+    if context.stage is not None and not process_rank():
         model.adapter.save(context.stage.folder / "adapter")
 
 

@@ -24,13 +24,17 @@ from compress.model import ModelHandle
 from compress.opening import check_weights, open_model
 from compress.passes.base import Context, Pass, PassResult
 from compress.preparation import Prepared, prepare
+from compress.processes import meet, process_count, process_rank, wait_for
 from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.reports.card import model_card
 from compress.reports.report import Report, Stage, Verified
 from compress.reshaping import take_shape
 from compress.stream import stream_outputs
-from compress.workspace import Workspace
+from compress.workspace import FOLDER, Guest, Workspace
+
+#: Before the word of a start: the file that tells the other processes that a pass has begun to train.
+STARTED = "started."
 
 #: What a report of a pruned model has to say, while no format here leaves zeros out and no kernel passes over them.
 ZEROS_NOTE = (
@@ -53,8 +57,11 @@ def run(
     if not fresh and (ready.output / "report.json").exists():
         progress.note(f"{ready.output} is finished already; give --fresh to do it again.")
         return Report.read(ready.output)
+    if process_rank():
+        return take_part(recipe, ready)
     check_weights(ready.folder)
     with Workspace.open(ready.output, recipe, ready.fingerprints, fresh) as work:
+        work.start = meet(ready.device) if process_count() > 1 else ""
         scratch = work.hidden / "measure"
         original = None
         if ready.job is not None:
@@ -141,11 +148,7 @@ def _apply(
     """One pass, or what is left of it."""
     stage = work.stage(index, pass_.name)
     if stage.complete:
-        config = stage.read_config(model.config)
-        if config is not None:
-            take_shape(model, config)
-        elif pass_.structural:
-            pass_.reshape(model)
+        _reshape(pass_, stage, model)
         if model.resident and pass_.changes_weights and stage.holds_blocks():
             for block in model.block_list():
                 block.restore(*stage.read(block, model.device))
@@ -158,18 +161,9 @@ def _apply(
     else:
         forget_peak()
         started = time.monotonic()
-        context = Context(
-            calibration=ready.calibration if pass_.takes_calibration else None,
-            training=ready.training if pass_.needs_training else None,
-            original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
-            original_folder=ready.folder if pass_.needs_teacher else None,
-            tokenizer=ready.tokenizer,
-            tasks=ready.job.items if ready.job is not None else {},
-            seed=recipe.seed,
-            stage=stage,
-            progress=progress,
-            min_coverage=recipe.min_coverage,
-        )
+        if work.start and pass_.needs_training:
+            (stage.folder / f"{STARTED}{work.start}").touch()
+        context = _context(pass_, ready, recipe, stage, progress)
         done = pass_.run(model, context)
         result = _record(pass_, done, time.monotonic() - started, peak_resident_bytes() - bare, ready, index)
         stage.finish(result)
@@ -185,6 +179,63 @@ def _kept_adapter(stage: Any) -> Any:
     from compress.adapters import Adapter
 
     return Adapter.read(stage.folder / "adapter")
+
+
+def take_part(recipe: Recipe, ready: Prepared) -> Report:
+    """What a process does that is not the first: it trains along, and writes nothing."""
+    start = meet(ready.device)
+    model = open_model(ready.folder, dtype=recipe.dtype, device=ready.device, residency=recipe.residency)
+    stages = [
+        Guest(ready.output / FOLDER / "stages" / f"{index:02d}-{pass_.name}")
+        for index, pass_ in enumerate(recipe.passes)
+    ]
+    for index, pass_ in enumerate(recipe.passes):
+        pass_ = pass_.model_copy(update=ready.plan.options_of(index))
+        begun = stages[index].folder / f"{STARTED}{start}"
+        if pass_.needs_training and wait_for(begun, stages[index].folder / "complete.json") == begun:
+            _restore(model, list(zip(recipe.passes, stages, strict=True))[:index])
+            pass_.run(model, _context(pass_, ready, recipe, stages[index], Progress()))
+    return Report(name=recipe.name)
+
+
+def _reshape(pass_: Pass, stage: Any, model: ModelHandle) -> None:
+    """Gives the model the shape that the pass left it in."""
+    config = stage.read_config(model.config)
+    if config is not None:
+        take_shape(model, config)
+    elif pass_.structural:
+        pass_.reshape(model)
+
+
+def _restore(model: ModelHandle, done: list[tuple[Pass, Guest]]) -> None:
+    """The model as these passes, all of them complete, have left it."""
+    model.history, model.states, model.adapter = [], {"dense"}, None
+    changing = [stage for pass_, stage in done if pass_.changes_weights]
+    for pass_, stage in done:
+        _reshape(pass_, stage, model)
+        outside = stage.read_outside(model.device)
+        if outside is not None:
+            model.restore_outside(*outside)
+        if pass_.changes_weights:
+            model.adapter = _kept_adapter(stage) if pass_.leaves == "adapter" else None
+        model.record(pass_)
+    for block in model.blocks() if changing else ():
+        block.restore(*changing[-1].read(block, model.device))
+
+
+def _context(pass_: Pass, ready: Prepared, recipe: Recipe, stage: Any, progress: Progress) -> Context:
+    return Context(
+        calibration=ready.calibration if pass_.takes_calibration else None,
+        training=ready.training if pass_.needs_training else None,
+        original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
+        original_folder=ready.folder if pass_.needs_teacher else None,
+        tokenizer=ready.tokenizer,
+        tasks=ready.job.items if ready.job is not None else {},
+        seed=recipe.seed,
+        stage=stage,
+        progress=progress,
+        min_coverage=recipe.min_coverage,
+    )
 
 
 def _original(ready: Prepared, recipe: Recipe) -> PreTrainedModel:

@@ -1,12 +1,15 @@
-"""Several processes on one recipe: `accelerate launch -m compress run recipe.yaml`.
+"""Several processes on one recipe: `accelerate launch -m compress run recipe.yaml`, or torchrun.
 
 The first process does the run and writes its folder. The others take part in training alone, each with its share of a
-step's windows; what came before they read from the first one's stages.
+step's windows; the model as it was when training began they read from the first one's stages.
 """
 
 from __future__ import annotations
 
 import os
+import time
+import uuid
+from pathlib import Path
 
 
 def process_count() -> int:
@@ -17,3 +20,23 @@ def process_count() -> int:
 def process_rank() -> int:
     """Which of them this is, from 0."""
     return int(os.environ.get("RANK", "0"))
+
+
+def meet(device: str) -> str:
+    """Waits until all processes are here; returns a word that is this start's own, the same for all."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=device == "cpu")
+    word = [uuid.uuid4().hex]
+    broadcast_object_list(word)
+    return word[0]
+
+
+def wait_for(*paths: Path) -> Path:
+    """Waits until one of the files is there, for as long as it takes, and returns it."""
+    while True:
+        found = next((path for path in paths if path.exists()), None)
+        if found is not None:
+            return found
+        time.sleep(0.1)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -155,6 +155,26 @@ class _WindowsDataset(Dataset):  # type: ignore[misc]
         return item
 
 
+class _WholeSteps(Sampler[int]):  # type: ignore[misc]
+    """The windows of an epoch in an order drawn by seed and epoch, as many as make whole steps: then a step has the
+    same windows however it is shared out. Where there are fewer than one step takes, some come twice."""
+
+    def __init__(self, windows: int, batch_size: int, seed: int):
+        self.windows, self.seed, self.epoch = windows, seed, 0
+        self.length = max(windows // batch_size, 1) * batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = (self.seed * 1_000_003 + self.epoch) % 2**32  # a generator looks at 32 bits
+        order = torch.randperm(self.windows, generator=torch.Generator().manual_seed(drawn))
+        return (int(order[place % self.windows]) for place in range(self.length))
+
+
 def _batch(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Windows together, without the columns that are padding in all of them."""
     batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
@@ -201,6 +221,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
         texts = windows if self.whole else _WindowsDataset(windows)
         super().__init__(model=objective, args=arguments, train_dataset=texts, data_collator=_batch)
         self.model_accepts_loss_kwargs = True  # what `compute_loss` gives needs no dividing by the micro-batches
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return _WholeSteps(len(self.train_dataset), self.schedule.batch_size, self.schedule.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         groups = [{"params": list(group.parameters), "lr": group.learning_rate} for group in self.groups]
@@ -258,12 +281,17 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self.parts.append(loss)
         return loss
 
-    def end_step(self) -> float:
-        """Notes the loss of the step that is done, of all micro-batches and processes."""
-        total = torch.stack(self.parts).sum()
+    def end_step(self, due: bool) -> bool:
+        """Notes the loss of the step that is done, of all micro-batches and processes. Whether a checkpoint is `due`
+        the first process decides for all: returned."""
+        loss = torch.stack(self.parts).sum()
         self.parts = []
-        self.losses.append(float(self.accelerator.reduce(total, "mean") if self.processes > 1 else total))
-        return self.losses[-1]
+        if self.processes > 1:
+            first = torch.tensor(float(due and self.is_world_process_zero()), device=loss.device)
+            loss, first = self.accelerator.reduce(torch.stack([loss / self.processes, first]), "sum")
+            due = bool(first > 0)
+        self.losses.append(float(loss))
+        return due
 
     @torch.no_grad()
     def evaluate_held_out(self, step: int) -> float:
@@ -353,15 +381,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         trainer, schedule = self.trainer, self.trainer.schedule
-        loss = trainer.end_step()
+        due_by_clock = trainer.end_step(self.keeps and time.monotonic() - self.saved > CHECKPOINT_SECONDS)
         speed = trainer.tokens / max(time.monotonic() - self.begun, 1e-9)
         last = f", held out {trainer.evaluations[-1]['loss']:.4f}" if trainer.evaluations else ""
-        self.step.advance(f"loss {loss:.4f}{last}, {speed:,.0f} tokens/s")
+        self.step.advance(f"loss {trainer.losses[-1]:.4f}{last}, {speed:,.0f} tokens/s")
         due = schedule.evaluate_every and state.global_step % schedule.evaluate_every == 0
         if trainer.held_out is not None and (due or state.global_step == schedule.steps):
             trainer.evaluate_held_out(state.global_step)
             control.should_training_stop = control.should_training_stop or trainer.exhausted
-        if self.keeps and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+        if due_by_clock:
             control.should_save = True
             self.saved = time.monotonic()
         return control

@@ -161,12 +161,27 @@ class Stage:
                 path.unlink()
 
 
+class Guest(Stage):
+    """A stage of another process's run: read, never written."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def _write(self, stem: str, tensors: Mapping[str, torch.Tensor], record: Any, quantized: QuantSpecs) -> None:
+        """What this process made, the run's own process keeps."""
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return make()
+
+
 class Workspace:
     """A run's folder, locked while it is open. Made by `Workspace.open`, used as a context manager."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.hidden = folder / FOLDER
+        #: The word of this start, where several processes train together; see `compress.processes`.
+        self.start = ""
 
     @classmethod
     def check(cls, folder: Path, recipe: Recipe, fingerprints: dict[str, str], fresh: bool) -> None:

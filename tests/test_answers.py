@@ -58,7 +58,7 @@ def test_only_right_answers_are_kept_and_reasons_are_parted_from_them(prompts, s
         {"prompt": f"add {n}", "completion": f" So {n + 1}.", "rationale": f" {n} and one."} for n in (1, 3)
     ]
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines
-    assert [file.suffix for file in path.parent.iterdir()] == [".jsonl"]
+    assert not list(path.parent.glob("*.part"))
     _, plain = answers_of(source, Answers(prompts=prompts, filter="answer"), False, tmp_path / "kept", seed=0)
     assert plain == [{"prompt": f"add {n}", "completion": f" {n} and one. So {n + 1}."} for n in (1, 3)]
 
@@ -153,7 +153,7 @@ def test_a_student_learns_answers_and_reasons(prompts, tmp_path, monkeypatch):
     options = {"answers": {"prompts": prompts}, "cache": str(tmp_path), "steps": 12, "learning_rate": 3e-3}
     for losses in (None, ["labels", {"rationale": {"weight": 0.5}}], ["kl"]):
         chosen = None if losses is None else [Loss.model_validate(loss) for loss in losses]
-        result = compress.Distill(**options, losses=chosen, student={"layers": 2})(
+        result = compress.Distill(**options, losses=chosen, student={"layers": [0, 2]})(
             tiny_model("llama"), tokenizer=tiny_tokenizer(), original=tiny_model("llama")
         )
         assert result.measurements["steps"] == 12

@@ -83,6 +83,14 @@ def test_the_summary_averages_stretches_of_the_losses():
     assert summary == [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 1.0}, {"step": 5, "loss": 7.0}]
 
 
+def test_every_step_is_whole_and_every_window_has_its_turn():
+    objective = Objective()
+    _train(objective, windows=WINDOWS.select(torch.arange(22)), steps=40)
+    assert all(len(seen) == 4 for seen in objective.seen)
+    assert {first for seen in objective.seen for first in seen} == set(WINDOWS.tokens[:22, 0].tolist())
+    assert objective.seen[:5] != objective.seen[5:10]
+
+
 class Masked(Objective):
     """The mean over tokens that count."""
 

@@ -111,7 +111,7 @@ class Distill(Pass):
 
     @property
     def needs_training(self) -> bool:  # type: ignore[override]
-        return self.answers is None
+        return self.answers is None or isinstance(self.student.layers, int | str)
 
     @property
     def structural(self) -> bool:  # type: ignore[override]
