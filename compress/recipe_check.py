@@ -104,7 +104,10 @@ class Checker:
 
         if not getattr(cls, "paths", None):
             return options
-        found: dict[str, Any] = json.loads(json.dumps(plain(options)))
+        try:
+            found: dict[str, Any] = json.loads(json.dumps(plain(options)))
+        except TypeError:  # which `build` says in its own words
+            return options
         for dotted, kind in cls.paths.items():
             *outer, last = dotted.split(".")
             inner: Any = found

@@ -445,3 +445,11 @@ def test_a_classifier_learns_from_half_of_its_blocks_and_is_measured_on_text_kep
     assert areas["teacher"]["classes"] == 1.0
     assert set(areas) == {"teacher", "before", "after", "control", "differences"}
     assert areas["after"]["classes"] >= areas["before"]["classes"]
+
+
+def test_text_written_in_bfloat16_leaves_every_weight_its_gradient():
+    student, teacher = tiny_model("llama", seed=1).requires_grad_(True), Teacher(tiny_model("llama"))
+    objective = Distillation(student, _losses("kl"), Kept(0, 96), teacher, [[]], torch.nn.ModuleDict(), on_policy=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective(input_ids=TEXT[:4]).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in student.parameters())

@@ -130,3 +130,15 @@ def test_a_frozen_head_gets_no_gradient():
     sliced(states, lambda logits, part: logits.square().sum(), head).backward()
     assert states.grad is not None
     assert head.weight.grad is None
+
+
+def test_slices_in_bfloat16_have_the_gradients_of_all_rows_at_once(monkeypatch):
+    torch.manual_seed(0)
+    states, teacher, head = torch.randn(20, 6, requires_grad=True), _logits(20, 17)[1], nn.Linear(6, 17)
+    inputs = [states, head.weight]
+    expected = torch.autograd.grad(divergence.divergence(head(states), teacher).mean(), inputs)
+    monkeypatch.setattr(divergence, "SLICE_VALUES", 3 * 17)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sliced(states, lambda x, part: divergence.divergence(x, teacher[part]).sum() / 20, head)
+    for given, aim in zip(torch.autograd.grad(found, inputs), expected, strict=True):
+        torch.testing.assert_close(given, aim, rtol=0.05, atol=0.01)
