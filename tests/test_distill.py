@@ -196,10 +196,9 @@ def test_an_encoder_learns_hidden_states_by_default():
     assert losses[-1]["loss"] < 0.8 * losses[0]["loss"]
 
 
-@pytest.mark.parametrize("on_policy", [1.0, 0.5])
-def test_text_that_the_student_writes_is_judged_by_the_teacher(on_policy):
+def test_text_that_the_student_writes_is_judged_by_the_teacher():
     model = tiny_model("llama")
-    options = {**SMALL, "tokens": 32 * 32 * 8, "student": {"layers": 2}, "on_policy": on_policy}
+    options = {**SMALL, "tokens": 32 * 32 * 8, "student": {"layers": 2}, "on_policy": 0.5}
     result = compress.Distill(**options)(model, training=TEXT, original=tiny_model("llama"))
     losses = result.measurements["losses"]
     assert losses[-1]["loss"] < losses[0]["loss"]
@@ -260,13 +259,12 @@ def test_without_a_cache_the_teacher_is_asked_in_every_step(folder, tmp_path, fo
 # Runs
 
 
-@pytest.mark.parametrize("on_policy", [0.0, 0.5])
-def test_a_run_killed_in_training_ends_with_the_same_bytes(on_policy, folder, tmp_path, monkeypatch, unverified):
+def test_a_run_killed_in_training_ends_with_the_same_bytes(folder, tmp_path, monkeypatch, unverified):
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
 
     def values(name):
         made = _values(folder, tmp_path / name)
-        made["passes"][0]["distill"] |= {"on_policy": on_policy, "control": True}
+        made["passes"][0]["distill"] |= {"on_policy": 0.5, "control": True}
         return made
 
     run(values("whole"))
@@ -308,7 +306,7 @@ def test_a_smaller_student_survives_a_kill_after_its_stage_and_the_passes_after_
 
 @pytest.mark.parametrize(
     ("student", "blocks"),
-    [({"layers": "34%"}, 1), ({"source": "teacher", "layers": [0, 2]}, 2), ({"source": "fresh"}, 3)],
+    [({"source": "teacher", "layers": [0, 2]}, 2), ({"source": "fresh"}, 3)],
 )
 def test_the_written_student_is_as_large_as_planned(student, blocks, folder, tmp_path, unverified):
     values = _values(folder, tmp_path / "out")
