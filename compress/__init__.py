@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from compress.passes.depth import Depth as Depth
     from compress.passes.distill import Distill as Distill
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
+    from compress.passes.experts import Experts as Experts
     from compress.passes.fp8 import FP8 as FP8
     from compress.passes.gptq import GPTQ as GPTQ
     from compress.passes.hqq import HQQ as HQQ
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from compress.passes.rtn import RTN as RTN
     from compress.passes.smoothquant import SmoothQuant as SmoothQuant
     from compress.passes.sparsegpt import SparseGPT as SparseGPT
+    from compress.passes.vocab import Vocab as Vocab
     from compress.passes.wanda import Wanda as Wanda
     from compress.pipeline import run as run
     from compress.planning import plan as plan
@@ -56,6 +58,7 @@ _PUBLIC = {
     "Depth": "compress.passes.depth",
     "Distill": "compress.passes.distill",
     "EfficientQAT": "compress.passes.efficientqat",
+    "Experts": "compress.passes.experts",
     "FP8": "compress.passes.fp8",
     "GPTQ": "compress.passes.gptq",
     "HQQ": "compress.passes.hqq",
@@ -71,6 +74,7 @@ _PUBLIC = {
     "Rotate": "compress.passes.rotate",
     "SmoothQuant": "compress.passes.smoothquant",
     "SparseGPT": "compress.passes.sparsegpt",
+    "Vocab": "compress.passes.vocab",
     "Wanda": "compress.passes.wanda",
     "benchmark": "compress.comparing",
     "load": "compress.loading",

@@ -72,8 +72,8 @@ def model(shape: ModelShape, holding: Holding, used_outside: bool) -> Parts:
 
 
 def whole_pass(shape: ModelShape, holding: Holding, extra: Parts, text: Text | None = None) -> Parts:
-    """A pass that is no `BlockPass`, `shape` being as it leaves the model; `extra` is what it says it takes besides;
-    `text` what it sends through the blocks one by one, on two paths."""
+    """A pass that is no `BlockPass`, `shape` being the larger of what it finds and what it leaves; `extra` is what it
+    says it takes besides, `text` what it runs through the blocks."""
     parts = model(shape, holding, used_outside=True)
     if not holding.resident:
         parts["block"] = shape.largest_block()

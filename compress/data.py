@@ -26,17 +26,18 @@ import torch
 from compress.errors import CompressError, StartError
 from compress.examples import IGNORED, Example, encoded, examples_of, fitted
 from compress.recipe import DataEntry, Role
-from compress.text import BUILTIN, Document, checked, documents, records
+from compress.text import BUILTIN, Document, checked, documents, records, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Document", "Windows", "documents", "items", "overlap", "token_windows", "windows_from"]
+__all__ = ["Document", "Windows", "documents", "items", "overlap", "read_texts", "token_windows", "windows_from"]
 
 DEFAULT_LENGTH = 256
 _BATCH = 64  # documents given to the tokenizer at once
 # Endless or huge sources are not read to their end for random windows: this many times the tokens asked for.
 _ENOUGH = {"builtin": 1, "hub": 8}
+_CHARACTERS_A_TOKEN = 16  # more than tokens have on average: as much text as windows could be cut from
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,36 @@ def items(source: str, base: Path | None = None) -> list[dict[str, Any]]:
     if not found:
         raise CompressError(f"{source}: holds no test items.")
     return found
+
+
+def read_texts(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    base: Path | None = None,
+    role: Role = "calibration",
+    seed: int = 0,
+    tokens: int = 1 << 20,
+) -> Iterator[str]:
+    """The documents of a source as text; of one that has no end, or lies on the hub, as much as holds `tokens`."""
+    enough = None if _local(source) else _CHARACTERS_A_TOKEN * tokens
+    for document in documents(source, base or Path.cwd(), role, seed):
+        text = document.text if tokenizer is None else text_of(document, tokenizer)
+        if text is None:
+            continue
+        yield text
+        if enough is not None:
+            enough -= len(text)
+            if enough < 0:
+                break
+
+
+def fingerprint_source(source: str, base: Path) -> str:
+    """sha256 (hex) of a local file's content, or of the name of any other source."""
+    path = base / os.path.expanduser(source)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def overlap(training: Windows, evaluation: Windows) -> float:

@@ -7,12 +7,14 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from compress.fewer_tokens import keep_tokens, renumber_generation
 from compress.formats.folder import default_format, packed_export_note, write_model_folder
 from compress.measure.benchmark import generations, measure_compressed, measure_original
 from compress.measure.comparison import compare, original_figures
@@ -23,7 +25,7 @@ from compress.measure.verification import verify
 from compress.model import ModelHandle
 from compress.opening import check_weights, open_model
 from compress.passes.base import Context, Pass, PassResult
-from compress.preparation import Prepared, prepare
+from compress.preparation import Prepared, prepare, recipe_texts, retokenised
 from compress.processes import meet, process_count, process_rank, wait_for
 from compress.progress import Progress
 from compress.recipe import Recipe
@@ -32,6 +34,7 @@ from compress.reports.report import Report, Stage, Verified
 from compress.reshaping import take_shape
 from compress.stream import stream_outputs
 from compress.workspace import FOLDER, Guest, Workspace
+from compress.workspace import Stage as StageFiles
 
 #: Before the word of a start: the file that tells the other processes that a pass has begun to train.
 STARTED = "started."
@@ -110,6 +113,7 @@ def _compress(
     for index, pass_ in enumerate(recipe.passes):
         pass_ = pass_.model_copy(update=ready.plan.options_of(index))
         stages.append(_apply(pass_, index, model, ready, recipe, work, bare, progress))
+        ready = _after(work.stage(index, pass_.name), model, ready, recipe)
         if pass_.changes_weights:
             if latest is not None and model.resident:
                 latest.drop_blocks()
@@ -155,6 +159,9 @@ def _apply(
         outside = stage.read_outside(model.device)
         if outside is not None:
             model.restore_outside(*outside)
+        kept = stage.read_kept_tokens()
+        if kept is not None:
+            renumber_generation(model.model, kept)
         result = stage.result()
         if pass_.changes_weights:
             model.adapter = _kept_adapter(stage) if pass_.leaves == "adapter" else None
@@ -163,7 +170,7 @@ def _apply(
         started = time.monotonic()
         if work.start and pass_.needs_training:
             (stage.folder / f"{STARTED}{work.start}").touch()
-        context = _context(pass_, ready, recipe, stage, progress)
+        context = _context(pass_, model, ready, recipe, stage, progress)
         done = pass_.run(model, context)
         result = _record(pass_, done, time.monotonic() - started, peak_resident_bytes() - bare, ready, index)
         stage.finish(result)
@@ -194,7 +201,7 @@ def take_part(recipe: Recipe, ready: Prepared) -> Report:
         begun = stages[index].folder / f"{STARTED}{start}"
         if pass_.needs_training and wait_for(begun, stages[index].folder / "complete.json") == begun:
             _restore(model, list(zip(recipe.passes, stages, strict=True))[:index])
-            pass_.run(model, _context(pass_, ready, recipe, stages[index], Progress()))
+            pass_.run(model, _context(pass_, model, ready, recipe, stages[index], Progress()))
     return Report(name=recipe.name)
 
 
@@ -223,13 +230,16 @@ def _restore(model: ModelHandle, done: list[tuple[Pass, Guest]]) -> None:
         block.restore(*changing[-1].read(block, model.device))
 
 
-def _context(pass_: Pass, ready: Prepared, recipe: Recipe, stage: Any, progress: Progress) -> Context:
+def _context(
+    pass_: Pass, model: ModelHandle, ready: Prepared, recipe: Recipe, stage: Any, progress: Progress
+) -> Context:
     return Context(
         calibration=ready.calibration if pass_.takes_calibration else None,
         training=ready.training if pass_.needs_training else None,
         original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
         original_folder=ready.folder if pass_.needs_teacher else None,
         tokenizer=ready.tokenizer,
+        texts=partial(recipe_texts, recipe, ready.tokenizer, model.context_length),
         tasks=ready.job.items if ready.job is not None else {},
         seed=recipe.seed,
         stage=stage,
@@ -238,8 +248,20 @@ def _context(pass_: Pass, ready: Prepared, recipe: Recipe, stage: Any, progress:
     )
 
 
+def _after(stage: StageFiles, model: ModelHandle, ready: Prepared, recipe: Recipe) -> Prepared:
+    """What the passes after this one work with: other texts, where it left fewer tokens."""
+    kept = stage.read_kept_tokens()
+    if kept is None or ready.tokenizer is None:
+        return ready
+    return retokenised(ready, recipe, model.config, stage.read_tokenizer(ready.tokenizer), kept)
+
+
 def _original(ready: Prepared, recipe: Recipe) -> PreTrainedModel:
-    return open_model(ready.folder, dtype=recipe.dtype, device=ready.device).model.requires_grad_(False)
+    """The original model; of the tokens, those that are left, so that its outputs are for the same ids."""
+    handle = open_model(ready.folder, dtype=recipe.dtype, device=ready.device)
+    if ready.kept_tokens is not None:
+        keep_tokens(handle, ready.kept_tokens)
+    return handle.model.requires_grad_(False)
 
 
 def _record(pass_: Pass, done: PassResult, seconds: float, peak: int, ready: Prepared, index: int) -> dict[str, Any]:

@@ -165,6 +165,12 @@ class _Walkthrough:
                 note += "; the size is an upper bound: how many bits each layer gets is measured"
             if coverage < self.recipe.min_coverage:
                 note += f"; the run will stop, because min_coverage is {self.recipe.min_coverage:.0%}"
+        elif pass_.structural and not pass_.needs_training:
+            text = _text(self.recipe.data.calibration, self.shape)
+            streamed = text if pass_.streams_text and pass_.takes_calibration else None
+            parts = costs.whole_pass(self.shape, self.holding, pass_.extra_parts(self.shape) or {}, streamed)
+            self.shape.apply(pass_)
+            note = pass_.plan_note()
         else:
             self.shape.apply(pass_)
             if not pass_.changes_weights:

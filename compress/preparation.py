@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compress.data import Windows, items, overlap, token_windows, windows_from
+from compress.data import (
+    DEFAULT_LENGTH,
+    Windows,
+    fingerprint_source,
+    items,
+    overlap,
+    read_texts,
+    token_windows,
+    windows_from,
+)
 from compress.errors import StartError
 from compress.locating import classes_of, context_length, locate
 from compress.measure.measurements import BenchmarkJob
@@ -43,6 +53,8 @@ class Prepared:
     plan: Plan
     fingerprints: dict[str, str]
     notes: tuple[str, ...] = ()
+    #: For each id of the tokenizer as it now is, the one of the original; None where they are the same.
+    kept_tokens: list[int] | None = None
 
 
 def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
@@ -54,10 +66,13 @@ def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
     predicted = plan(recipe)
     refuse(predicted, recipe)
     tokenizer = read_tokenizer(folder)
+    for step in recipe.passes:
+        step.check_tokenizer(tokenizer)
     texts = _texts(recipe, tokenizer, config)
     calibration, evaluation, training = (texts.get(role) for role in ROLES)
     fingerprints = {"model": fingerprint_folder(folder)}
     fingerprints |= {f"data.{role}": windows.fingerprint for role, windows in texts.items()}
+    fingerprints |= _fingerprints_of_documents(recipe)
     output = Path(recipe.output or f"runs/{recipe.name}")
     Workspace.check(output, recipe, fingerprints, fresh)
     job = None if recipe.benchmark is False else benchmark_job(recipe, device, evaluation)
@@ -88,6 +103,52 @@ def _left_out(role: str, windows: Windows) -> str | None:
     }
     said = [f"{windows.counts[key]} {text}" for key, text in words.items() if windows.counts.get(key)]
     return f"data.{role}: of its items, {'; '.join(said)}." if said else None
+
+
+def retokenised(
+    ready: Prepared, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, kept: list[int]
+) -> Prepared:
+    """The same after a pass that left the tokens `kept` (for each new id, the one before it): the texts of later passes
+    and the probe are cut by the new tokenizer. The evaluation text and the job stay the original's."""
+    texts = _texts(recipe.model_copy(update={"benchmark": False}), tokenizer, config)
+    probe = texts.get("calibration")
+    if probe is None and ready.evaluation is not None:
+        probe = cut_texts(recipe.data, ["evaluation"], tokenizer, config, recipe.base, recipe.seed)["evaluation"]
+    before = ready.kept_tokens
+    return replace(
+        ready,
+        tokenizer=tokenizer,
+        calibration=texts.get("calibration"),
+        training=texts.get("training"),
+        probe=_probe(probe, config, recipe.seed),
+        kept_tokens=kept if before is None else [before[index] for index in kept],
+    )
+
+
+def recipe_texts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, context: int | None, source: str | None
+) -> Iterator[str]:
+    """The documents of a source; None: those of the recipe's calibration text and training text."""
+    if source is not None:
+        yield from read_texts(source, tokenizer, recipe.base, seed=recipe.seed)
+        return
+    for role, entry in (("calibration", recipe.data.calibration), ("training", recipe.data.training)):
+        if entry is not None:
+            length = entry.length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+            seed = recipe.seed if entry.seed is None else entry.seed
+            tokens = (entry.samples or 128) * length
+            yield from read_texts(entry.source, tokenizer, recipe.base, cast(Role, role), seed, tokens)
+
+
+def _fingerprints_of_documents(recipe: Recipe) -> dict[str, str]:
+    """What tells the texts that a pass reads as a whole from others: the content of their files."""
+    found: dict[str, str] = {}
+    for index, step in enumerate(recipe.passes):
+        named = {f"passes.{index}.{step.name}.{option}": getattr(step, option) for option in step.sources}
+        if step.needs_documents and step.takes_calibration and recipe.data.training is not None:
+            named["the file of data.training"] = recipe.data.training.source
+        found |= {place: fingerprint_source(source, recipe.base) for place, source in named.items() if source}
+    return found
 
 
 def check_device(device: str) -> str:

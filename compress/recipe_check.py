@@ -96,9 +96,10 @@ class Checker:
             self.problem((*place, name), f"{yaml_words(options)} is not allowed; allowed: a mapping of options.")
             return None
         cls = PASSES.get(name)
-        return self.build(cls, self._located(cls, options or {}, (*place, name)), (*place, name))
+        built = self.build(cls, self._placed(cls, options or {}, (*place, name)), (*place, name))
+        return built if built is None else self._located(built, (*place, name))
 
-    def _located(self, cls: type[Pass], options: dict[str, Any], place: Place) -> dict[str, Any]:
+    def _placed(self, cls: type[Pass], options: dict[str, Any], place: Place) -> dict[str, Any]:
         """The options with the paths among them made absolute."""
         from compress.builtin import MODELS
 
@@ -122,6 +123,14 @@ class Checker:
             else:
                 inner[last] = (self.model if kind == "model" else self.source)(where, value, tuple(MODELS))
         return found
+
+    def _located(self, step: Pass, place: Place) -> Pass:
+        """The pass with the texts that its options name made absolute."""
+        from compress.builtin import MODELS
+
+        given = {option: getattr(step, option) for option in step.sources}
+        found = {option: self.source((*place, option), text, tuple(MODELS)) for option, text in given.items() if text}
+        return step.model_copy(update=found) if found else step
 
     def names(self, place: Place, given: Iterable[str], registry: Any) -> None:
         """Notes the names that a registry lacks, and those that stand there twice."""

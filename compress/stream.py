@@ -11,7 +11,9 @@ the pass found it. Both paths start as the same tensors; the second one goes thr
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +23,12 @@ from compress.data import Windows
 from compress.errors import StartError
 from compress.model import Block, ModelHandle
 from compress.nn.kernels import cached
+
+Watcher = Callable[[nn.Module, tuple[Any, ...], torch.Tensor | None], None]
+
+
+def _shown(observer: Watcher, mask: torch.Tensor | None, module: nn.Module, args: tuple[Any, ...]) -> None:
+    observer(module, args, mask)
 
 
 def called(module: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
@@ -91,6 +99,21 @@ class CalibrationStream:
             for index, (hidden, call) in enumerate(self.inputs(block)):
                 known = first if index == 0 else None
                 self.hidden[index] = (called(block.module, hidden, call) if known is None else known).cpu()
+
+    @torch.no_grad()
+    def watch(self, block: Block, observers: Mapping[str, Watcher]) -> None:
+        """As `advance`, and shows each named module's observer how it is called: the module, the arguments, and the
+        batch's mask [batch, length] (False on padding, or None)."""
+        for index, (hidden, call) in enumerate(self.inputs(block)):
+            handles = []
+            for name, observer in observers.items():
+                shown = partial(_shown, observer, self.masks[index])
+                handles.append(block.module.get_submodule(name).register_forward_pre_hook(shown))
+            try:
+                self.hidden[index] = called(block.module, hidden, call).cpu()
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     @torch.no_grad()
     def advance_original(self, block: Block, module: nn.Module | None = None) -> None:

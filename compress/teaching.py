@@ -43,7 +43,7 @@ class TeacherSource:
 
     def __init__(self, name: str | None, model: ModelHandle, context: Context):
         self.folder = context.original_folder if name is None else locate(name)
-        self.given, self.tokenizer_given = name is not None, context.tokenizer
+        self.tokenizer_given = context.tokenizer
         self._open: Callable[[], PreTrainedModel] | None = context.original
         if name is not None:
             from compress.loading import load
@@ -65,8 +65,8 @@ class TeacherSource:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Its own, which is the recipe's where the teacher is the original."""
-        return read_tokenizer(self.folder) if self.given and self.folder is not None else self.tokenizer_given
+        """Its own; where it lies in no folder, the one of the texts."""
+        return self.tokenizer_given if self.folder is None else read_tokenizer(self.folder)
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -76,7 +76,7 @@ class TeacherSource:
 
     def speaks_like(self, tokenizer: PreTrainedTokenizerBase | None) -> bool:
         """Whether its tokens are those of `tokenizer`; so taken where one of the two is not known."""
-        if not self.given or self.tokenizer is None or tokenizer is None:
+        if self.tokenizer is None or tokenizer is None:
             return True
         return tokenizer_digest(self.tokenizer) == tokenizer_digest(tokenizer)
 

@@ -26,7 +26,7 @@ from compress.nn.bnb_linear import BnbSpec
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from compress.recipe import Recipe
 
@@ -35,6 +35,7 @@ _SAMPLED_BYTES = 1 << 20
 _OUTSIDE = "outside"
 _DROPPED = "dropped.json"
 _CONFIG = "config.json"
+_TOKENIZER = "tokenizer"
 
 
 def read_json(path: Path) -> Any:
@@ -105,6 +106,28 @@ class Stage:
         """What `keep_config` was given, of the class of `like`; None where the pass does not change it."""
         path = self.folder / _CONFIG
         return type(like).from_dict(read_json(path)) if path.exists() else None
+
+    def keep_tokens(self, kept: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes which tokens a pass leaves (for each new id, the old one), and the tokenizer cut to them."""
+        from compress.vocabulary import write_cut
+
+        if self.read_kept_tokens() is None:
+            write_cut(tokenizer, kept, self.folder / _TOKENIZER)
+            write_json(self.folder / f"{_TOKENIZER}.json", {"kept": kept})
+
+    def read_kept_tokens(self) -> list[int] | None:
+        """The old ids that `keep_tokens` was given; None where the pass leaves all tokens, or has not come so far."""
+        path = self.folder / f"{_TOKENIZER}.json"
+        if not path.exists():
+            return None
+        kept: list[int] = read_json(path)["kept"]
+        return kept
+
+    def read_tokenizer(self, like: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The tokenizer that `keep_tokens` cut from this one."""
+        from compress.vocabulary import read_cut
+
+        return read_cut(self.folder / _TOKENIZER, like)
 
     def kept_outside(self) -> Any:
         """The record that `keep_outside` was given, or None."""

@@ -800,3 +800,77 @@ def eora(error: np.ndarray, inputs: np.ndarray, r: int) -> np.ndarray:
     nearest = (left[:, :r] * singular[:r]) @ right[:r]
     back = (vectors[:, keep] / np.sqrt(values[keep])).T  # its inverse on what was kept
     return nearest @ back
+
+
+def router_use(logits, k):
+    """Soft counts of experts: float64 [experts]. `logits`: the router's [tokens, experts].
+
+    Each token goes to the k experts of the highest probability, and these probabilities are made to add up to one.
+    """
+    total = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for row in logits.detach().double():
+        probability = row.exp() / row.exp().sum()
+        best = sorted(range(len(row)), key=lambda e: -float(probability[e]))[:k]
+        mass = sum(float(probability[e]) for e in best)
+        for e in best:
+            total[e] += float(probability[e]) / mass
+    return total
+
+
+def router_weighted_outputs(logits, k, given):
+    """For each expert, the mean over its tokens of its gate times the norm of what it gives: float64 [experts].
+    `given`: what every expert gives for every token [experts, tokens, hidden]."""
+    total = torch.zeros(logits.shape[1], dtype=torch.float64)
+    count = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for token, row in enumerate(logits.detach().double()):
+        probability = row.exp() / row.exp().sum()
+        best = sorted(range(len(row)), key=lambda e: -float(probability[e]))[:k]
+        mass = sum(float(probability[e]) for e in best)
+        for e in best:
+            total[e] += float(probability[e]) / mass * float(given[e, token].detach().double().square().sum().sqrt())
+            count[e] += 1
+    return total / count.clamp_min(1)
+
+
+def bpe_steps(token, merges):
+    """Every symbol there is while byte-pair encoding writes a token: its characters, and each merge's result.
+
+    Sennrich, Haddow and Birch, 2016: of the pairs that stand side by side, the one that was learnt first is merged.
+    """
+    symbols = list(token)
+    seen = set(symbols)
+    while True:
+        pairs = [(symbols[i], symbols[i + 1]) for i in range(len(symbols) - 1)]
+        known = [merges.index(pair) for pair in pairs if pair in merges]
+        if not known:
+            return seen
+        first, second = merges[min(known)]
+        i = pairs.index((first, second))
+        symbols = [*symbols[:i], first + second, *symbols[i + 2 :]]
+        seen.add(first + second)
+
+
+def two_vocabularies(model, small, window, table, shared):
+    """(nll of the new pieces, KL, agreements, original's mass on shared tokens), summed over the window's places but
+    the first, from whole distributions, a place at a time. The text of a place: all pieces of the tokens up to it. A
+    token without pieces is no place."""
+
+    def chances(asked, text):
+        logits = asked(input_ids=torch.tensor([text])).logits[0, -1].detach().double()
+        return [float(p) for p in logits.exp() / logits.exp().sum()]
+
+    nll = kl = agreements = mass = 0.0
+    for place in range(1, len(window)):
+        text = [piece for token in window[:place] for piece in table[token]]
+        if not table[window[place]] or not text:
+            continue
+        p, q = chances(model, window[:place]), chances(small, text)
+        left, right = sum(p[old] for old, _ in shared), sum(q[new] for _, new in shared)
+        kl += sum(p[old] / left * math.log((p[old] / left) / (q[new] / right)) for old, new in shared)
+        likeliest = max(shared, key=lambda pair: q[pair[1]])[0]
+        agreements += likeliest == max(range(len(p)), key=lambda index: p[index])
+        mass += left
+        for piece in table[window[place]]:
+            nll -= math.log(chances(small, text)[piece])
+            text = [*text, piece]
+    return nll, kl, agreements, mass

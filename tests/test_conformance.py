@@ -15,6 +15,7 @@ REFUSED = {
     ("rotate", "gemma3"): "computes something else",
     ("rotate", "gpt_oss"): "no linear layer",
     ("rotate", "mixtral"): "no linear layer",
+    ("rotate", "qwen3_moe"): "no linear layer",
     ("rotate", "bert"): "no head",
 }
 

@@ -71,4 +71,5 @@ def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, classifier, 
     report = compress.run(recipe)
     assert report.verified.reloaded
     assert [stage.pass_ for stage in report.stages] == [step.name for step in recipe.passes]
-    assert all(stage.coverage > 0.9 for stage in report.stages if stage.pass_ != "depth")
+    least = [0 if step.structural else 0.9 for step in recipe.passes]  # what is removed is as much as was asked for
+    assert all(stage.coverage > share for stage, share in zip(report.stages, least, strict=True))

@@ -21,6 +21,8 @@ from compress.reports.report import Figure, Other, Report
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.measure.vocabularies import Pairing
+
 #: Prompt and new tokens of the memory measurement.
 MEMORY_PROMPT, MEMORY_TOKENS = 16, 8
 PROMPT_TOKENS = 48
@@ -162,7 +164,12 @@ def _quality(
     inputs: dict[str, Tensor] = {}
     if text and job.windows is not None:
         inputs = {"windows": job.windows} if job.mask is None else {"windows": job.windows, "mask": job.mask}
+    pairing = _paired(original, found, job) if text and original is not None else None
+    if pairing is not None:
+        inputs |= {"new_windows": pairing.windows, "token_of": pairing.token_of, "shared": pairing.shared}
     result = run_job(request, workdir, inputs=inputs, key=key_of(state, request, *inputs.values()))
+    if pairing is not None:
+        found.notes.append(_vocabulary_note(pairing, result.records))
     _take(found, result, ("text", "reference", "items", "files"))
     found.records |= {key: value.numpy() for key, value in result.records.items()}
     found.records["parameters"] = [result.values["parameters"]]
@@ -171,6 +178,24 @@ def _quality(
     if correct:
         found.records["correct"] = [score for scores in correct.values() for score in scores]
         found.records["area"] = [area for area, scores in correct.items() for _ in scores]
+
+
+def _paired(original: Measurements, found: Measurements, job: BenchmarkJob) -> Pairing | None:
+    """The windows in the new model's tokens, where its tokenizer was cut."""
+    from compress.locating import context_length
+    from compress.measure.runtimes import read_config
+    from compress.measure.vocabularies import pair
+
+    assert job.windows is not None
+    context = context_length(read_config(found.folder))
+    return pair(original.folder, found.folder, job.windows, job.mask, context)
+
+
+def _vocabulary_note(pairing: Pairing, records: Mapping[str, Tensor]) -> str:
+    from compress.measure.vocabularies import note
+
+    tokens = float(records["tokens"].sum())
+    return note(pairing, float(records["mass"].sum()) / tokens if "mass" in records else None)
 
 
 def _memory(found: Measurements, job: BenchmarkJob, workdir: Path, *, dtype: str, key: str | None) -> None:
@@ -221,13 +246,13 @@ def _speed(found: Measurements, original: Measurements | None, job: BenchmarkJob
 def _prompt(folder: Path, job: BenchmarkJob) -> Tensor:
     """Real text when there is some, else tokens drawn by the seed; int64 [length]."""
     import torch
-
-    if job.windows is not None and job.mask is None:
-        flat = job.windows.flatten()
-        return flat.repeat(-(-job.speed.prompt // len(flat)))[: job.speed.prompt]
     from transformers import AutoConfig
 
     vocabulary = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    if job.windows is not None and job.mask is None:
+        flat = job.windows.flatten()
+        # Of a smaller vocabulary, both models are given ids that both have: speed does not ask what they mean.
+        return flat.repeat(-(-job.speed.prompt // len(flat)))[: job.speed.prompt].remainder(vocabulary)
     return torch.randint(0, vocabulary, (job.speed.prompt,), generator=torch.Generator().manual_seed(job.seed))
 
 

@@ -69,7 +69,8 @@ def _interval(name: str, original: Measurements, compressed: Measurements, seed:
     base, _, area = name.partition("/")
     a, b = original.records, compressed.records
     if base == "perplexity":
-        found = statistics.perplexity_difference(a["nll"], b["nll"], b["tokens"], seed=seed)
+        before = b["reference_nll"] if "mass" in b else a["nll"]  # of two vocabularies: over the tokens that b has
+        found = statistics.perplexity_difference(before, b["nll"], b["tokens"], seed=seed)
         return found, f"{found.n} windows"
     if base in ("kl_divergence", "top1_agreement"):
         key, shift = ("kl", 0.0) if base == "kl_divergence" else ("top1", 1.0)

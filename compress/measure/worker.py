@@ -53,6 +53,7 @@ def quality(job: Job) -> Result:
     from compress.allocator import settle_allocator
     from compress.measure.likelihood import window_scores
     from compress.measure.runtimes import load_plain
+    from compress.measure.vocabularies import Pairing, paired_scores
 
     settle_allocator()
     folder = Path(job["model"])
@@ -64,8 +65,15 @@ def quality(job: Job) -> Result:
         reference = None
         if job.get("reference"):
             reference = load_plain(Path(job["reference"]), dtype=job["reference_dtype"], device=job["device"])
-        scores = window_scores(model, inputs["windows"], reference=reference, mask=inputs.get("mask"))
-        records = {key: value for key, value in vars(scores).items() if value is not None}
+        if "token_of" in inputs:
+            pairing = Pairing(inputs["new_windows"], inputs["token_of"], inputs["shared"], 0)
+            scores, mass = paired_scores(
+                model, inputs["windows"], pairing, reference=reference, mask=inputs.get("mask")
+            )
+            records = {"mass": mass} if reference is not None else {}
+        else:
+            scores = window_scores(model, inputs["windows"], reference=reference, mask=inputs.get("mask"))
+        records |= {key: value for key, value in vars(scores).items() if value is not None}
         del reference
     if job.get("items") or job.get("prompts"):
         values |= _answers(job, folder, model)

@@ -7,8 +7,8 @@ comes in as arguments; it keeps no state between calls.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -38,22 +38,24 @@ class Context:
     """What a pass is given besides the model.
 
     `calibration` and `training` hold token ids [samples, length]; `original` opens the model as it was before any pass,
-    in the dtype and on the device of the one worked on, `original_folder` is where it lies, if it does; `tokenizer` is
-    that of the texts; `tasks` are the benchmark's test items, by area; `stage` is where finished blocks are kept so
-    that a killed run continues there (None: nothing is kept); `min_coverage` is the least share of the blocks' matrix
-    weights the pass must change; `tokens_per_batch` bounds the activations in flight; `seed` decides what is drawn at
-    random.
+    in the dtype and on the device of the one worked on, `original_folder` is where it lies, if it does;
+    `tasks` are the benchmark's test items, by area; `stage` is where finished blocks are kept so that a killed run
+    continues there (None: nothing is kept); `min_coverage` is the least share of the blocks' matrix weights the pass
+    must change; `tokens_per_batch` bounds the activations in flight; `seed` decides what is drawn at random.
     """
 
     calibration: Windows | None = None
     training: Windows | None = None
     original: Callable[[], PreTrainedModel] | None = None
     original_folder: Path | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
     tasks: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     seed: int = 0
     stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
+    #: The model's tokenizer as it stands, and the documents of a source (None: of the calibration and training text),
+    #: for passes that need them (`Pass.needs_documents`).
+    tokenizer: PreTrainedTokenizerBase | None = None
+    texts: Callable[[str | None], Iterator[str]] | None = None
     min_coverage: float = 0.5
     tokens_per_batch: int = 2048
 
@@ -63,13 +65,17 @@ class PassResult:
     """The model as the pass left it (the same object, changed in place), and what happened to it.
 
     `blocks` has one entry a block (name, relative error, what the pass says of each layer); `coverage` is the share
-    of all weights of matrices inside the blocks that the pass changed; `measurements` is the pass's own account.
+    of all weights of matrices inside the blocks that the pass changed; `measurements` is the pass's own account. A pass
+    that removes tokens gives the new `tokenizer` (None if it was given none), and in `kept_tokens` the old id of each
+    new one.
     """
 
     model: Any
     blocks: list[dict[str, Any]]
     coverage: float
     measurements: dict[str, Any] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    kept_tokens: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,13 @@ class Pass(BaseModel):
     paths: ClassVar[Mapping[str, str]] = {}
     words: ClassVar[frozenset[str]] = frozenset()
 
+    #: Whether it reads whole documents with the tokenizer, not only windows of tokens.
+    needs_documents: ClassVar[bool] = False
+    #: Options that name a text, as `source` of a data entry does.
+    sources: ClassVar[tuple[str, ...]] = ()
+    #: Whether its text runs through the model's blocks, though it is no `BlockPass` (for the plan).
+    streams_text: ClassVar[bool] = False
+
     #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
     changes_weights: ClassVar[bool] = True
 
@@ -125,6 +138,9 @@ class Pass(BaseModel):
     def refuses(self, model: PreTrainedModel) -> str | None:
         """One sentence on why this pass cannot work on such a model, or None. It may be without weights."""
         return None
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """StartError where the pass cannot work with this tokenizer (None: the model has none)."""
 
     def options(self) -> dict[str, Any]:
         """The options as they stand in a recipe, defaults filled in."""
@@ -149,6 +165,10 @@ class Pass(BaseModel):
         """`extra_bytes`, in parts by what they hold."""
         extra = self.extra_bytes(shape)
         return None if extra is None else {"pass": extra}
+
+    def plan_note(self) -> str:
+        """What the plan says beside its figures."""
+        return ""
 
     def extra_bytes(self, shape: ModelShape) -> int | None:
         """Peak of what `run` allocates beside the model and, if blocks stay on disk, the block at hand; None: not
@@ -178,13 +198,28 @@ class Pass(BaseModel):
         (`prompt` and `completion`, `messages`, `text` and `label`). `original`: the model, or the folder of the model,
         that such a pass learns from.
         """
-        from compress.data import windows_from
+        from torch import Tensor as Ids
+
+        from compress.data import read_texts, windows_from
         from compress.locating import classes_of
         from compress.model import ModelHandle
 
         handle = ModelHandle.wrap(model)
         refuse_states(self, handle.states)
         refuse_model(self, model)
+
+        if isinstance(calibration, str):
+            calibration = [calibration]
+        read = self.needs_documents and not isinstance(calibration, Ids)
+        if read and calibration is not None:
+            calibration = list(calibration)
+        if read and tokenizer is None:
+            raise StartError(f"{self.name} counts tokens in texts: pass tokenizer=..., or token ids [samples, length].")
+
+        def documents(source: str | None) -> Iterator[str]:
+            if source is None and calibration is None:
+                raise StartError(f"{self.name} needs calibration text: pass calibration=[...] (texts or token ids).")
+            return iter(calibration or ()) if source is None else read_texts(source, tokenizer)
 
         def cut(text: Iterable[Any] | torch.Tensor | None, what: Literal["calibration", "training"]) -> Windows:
             if text is None:
@@ -196,11 +231,12 @@ class Pass(BaseModel):
             )  # fmt: skip
 
         context = Context(
-            calibration=cut(calibration, "calibration") if self.takes_calibration else None,
+            calibration=cut(calibration, "calibration") if self.takes_calibration and not read else None,
+            tokenizer=tokenizer,
+            texts=documents if read else None,
             training=cut(training, "training") if self.needs_training else None,
             original=_opener(original, handle) if original is not None else None,
             original_folder=Path(original) if isinstance(original, str | Path) else None,
-            tokenizer=tokenizer,
             seed=seed,
             min_coverage=min_coverage,
             progress=progress or Progress(),
@@ -209,7 +245,7 @@ class Pass(BaseModel):
         handle.record(self)
         if handle.adapter is not None:
             handle.adapter.attach(model)
-        return PassResult(handle.model, result.blocks, result.coverage, result.measurements)
+        return replace(result, model=handle.model)
 
 
 def _opener(original: PreTrainedModel | str | Path, like: ModelHandle) -> Callable[[], PreTrainedModel]:

@@ -34,6 +34,7 @@ class Depth(StructuralPass):
 
     name: ClassVar[str] = "depth"
     needs_calibration: ClassVar[bool] = True
+    streams_text: ClassVar[bool] = True
 
     layers: int | None = Field(default=None, ge=1, description="How many blocks shall remain.")
     drop: list[int] | None = Field(

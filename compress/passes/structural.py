@@ -39,7 +39,7 @@ class StructuralPass(Pass):
         take_shape(model, self.smaller_config(model.model))
 
     def extra_bytes(self, shape: Any) -> int | None:
-        """Nothing beside the model, unless the pass says otherwise."""
+        """`shape`: as the pass finds the model. Nothing beside the model, unless the pass says otherwise."""
         return 0
 
 
@@ -60,17 +60,17 @@ def keep_smaller(
     from compress.reshaping import empty_model, take_shape
 
     stage = context.stage
-    stack = find_stacks(empty_model(model.model, config))[0]
+    stacks = find_stacks(empty_model(model.model, config))
+    places = [Block(stack, index) for stack in stacks for index in range(len(stack))]
     states, records = [], []
-    for index, (block, record) in enumerate(blocks):
+    for place, (block, record) in zip(places, blocks, strict=True):
         tensors = block.state()
         if stage is not None:
-            place = Block(stack, index)
             place.restore(tensors, {})
             stage.keep(place, record)
         if model.resident:
             states.append(tensors)
-        stack.modules[index].to("meta")
+        place.module.to("meta")
         records.append(record)
     if stage is not None:
         stage.keep_config(config)
