@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from compress.passes.alps import ALPS as ALPS
     from compress.passes.autoround import AutoRound as AutoRound
     from compress.passes.awq import AWQ as AWQ
+    from compress.passes.block_distill import BlockDistill as BlockDistill
     from compress.passes.bnb import Bnb as Bnb
     from compress.passes.depth import Depth as Depth
+    from compress.passes.distill import Distill as Distill
     from compress.passes.efficientqat import EfficientQAT as EfficientQAT
     from compress.passes.experts import Experts as Experts
     from compress.passes.fp8 import FP8 as FP8
@@ -51,9 +53,11 @@ _PUBLIC = {
     "ALPS": "compress.passes.alps",
     "AWQ": "compress.passes.awq",
     "AutoRound": "compress.passes.autoround",
+    "BlockDistill": "compress.passes.block_distill",
     "Bnb": "compress.passes.bnb",
     "CompressError": "compress.errors",
     "Depth": "compress.passes.depth",
+    "Distill": "compress.passes.distill",
     "EfficientQAT": "compress.passes.efficientqat",
     "Experts": "compress.passes.experts",
     "FP8": "compress.passes.fp8",

@@ -6,7 +6,6 @@ and what the original model gives there, where the pass asks for that.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -102,7 +101,7 @@ class BlockCalibration:
         self._repeated = False
         self._original = original
         if original is None and stream.original is not None:
-            self._original = copy.deepcopy(block.module)
+            self._original = stream.original_block(block)
         self._passed = False  # whether the original path stands behind the block
         with torch.no_grad():
             self._calls, self._reference = self._trace(list(block.layers()))
@@ -127,6 +126,7 @@ class BlockCalibration:
         output = self._first_output()
         self.stream.advance(self.block, output)
         self._pass_original()
+        self.stream.release_original(self.block)
         return self._error_of(output)
 
     def batches(self) -> Iterator[tuple[torch.Tensor, Call, torch.Tensor | None]]:
@@ -141,6 +141,11 @@ class BlockCalibration:
     def original_forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """What the block as it came in makes of hidden states [batch, length, hidden]."""
         return called(self._kept_original(), hidden, call)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The block that the original path goes through, until `finish`."""
+        return self._kept_original()
 
     def original_inputs(self) -> Iterator[torch.Tensor]:
         """What the block is given in the original model, [batch, length, hidden], in the order of `batches`.

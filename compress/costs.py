@@ -73,11 +73,15 @@ def model(shape: ModelShape, holding: Holding, used_outside: bool) -> Parts:
     return {"model": shape.dense_bytes - unused}
 
 
-def whole_pass(shape: ModelShape, holding: Holding, extra: Parts) -> Parts:
-    """A pass that is no `BlockPass`, `shape` being as it leaves the model; `extra` is what it says it takes besides."""
+def whole_pass(shape: ModelShape, holding: Holding, extra: Parts, text: Text | None = None) -> Parts:
+    """A pass that is no `BlockPass`, `shape` being as it leaves the model; `extra` is what it says it takes besides,
+    `text` what it runs through the blocks, beside the original's way through them."""
     parts = model(shape, holding, used_outside=True)
     if not holding.resident:
         parts["block"] = shape.largest_block()
+    if text is not None:
+        parts["hidden states"] = hidden_states(shape, text, 2)
+        parts["activations"] = activations(shape, shape.widest, text.in_flight(), text.length)
     return parts | extra
 
 

@@ -152,9 +152,7 @@ def _apply(
     """One pass, or what is left of it."""
     stage = work.stage(index, pass_.name)
     if stage.complete:
-        config = stage.read_config(model.config)
-        if config is not None:
-            take_shape(model, config)
+        _reshape(pass_, stage, model)
         if model.resident and pass_.changes_weights and stage.holds_blocks():
             for block in model.block_list():
                 block.restore(*stage.read(block, model.device))
@@ -210,14 +208,21 @@ def take_part(recipe: Recipe, ready: Prepared) -> Report:
     return Report(name=recipe.name)
 
 
+def _reshape(pass_: Pass, stage: Any, model: ModelHandle) -> None:
+    """Gives the model the shape that the pass left it in."""
+    config = stage.read_config(model.config)
+    if config is not None:
+        take_shape(model, config)
+    elif pass_.structural:
+        pass_.reshape(model)
+
+
 def _restore(model: ModelHandle, done: list[tuple[Pass, Guest]]) -> None:
     """The model as these passes, all of them complete, have left it."""
     model.history, model.states, model.adapter = [], {"dense"}, None
     changing = [stage for pass_, stage in done if pass_.changes_weights]
     for pass_, stage in done:
-        config = stage.read_config(model.config)
-        if config is not None:
-            take_shape(model, config)
+        _reshape(pass_, stage, model)
         outside = stage.read_outside(model.device)
         if outside is not None:
             model.restore_outside(*outside)
@@ -236,11 +241,13 @@ def _context(
         calibration=ready.calibration if pass_.takes_calibration or pass_.needs_training else None,
         training=ready.training if pass_.needs_training else None,
         original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
+        original_folder=ready.folder if pass_.needs_teacher else None,
+        tokenizer=ready.tokenizer,
+        texts=partial(recipe_texts, recipe, ready.tokenizer, model.context_length),
+        tasks=ready.job.items if ready.job is not None else {},
         seed=recipe.seed,
         stage=stage,
         progress=progress,
-        tokenizer=ready.tokenizer,
-        texts=partial(recipe_texts, recipe, ready.tokenizer, model.context_length),
         min_coverage=recipe.min_coverage,
     )
 

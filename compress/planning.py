@@ -120,6 +120,7 @@ class _Walkthrough:
     def __init__(self, recipe: Recipe, shape: ModelShape, stored: torch.dtype, beside: int):
         self.recipe, self.shape, self.beside = recipe, shape, beside
         self.holding = costs.Holding(resident=recipe.residency == "memory", stored=stored)
+        self.shape.resident = self.holding.resident
         self.stages: list[int] = []
 
     def steps(self) -> list[PlanStep]:
@@ -181,7 +182,8 @@ class _Walkthrough:
             fitted = self._fitted(pass_)
             options = {name: v for name, v in fitted.options().items() if v != pass_.options()[name]}
             extra = fitted.extra_parts(self.shape)
-            parts = costs.whole_pass(self.shape, self.holding, extra or {})
+            seen = _text(self.recipe.data.calibration, self.shape) if pass_.takes_calibration else None
+            parts = costs.whole_pass(self.shape, self.holding, extra or {}, seen)
             note = "what it takes beside the model is not known" if extra is None else ""
             note = "; ".join(
                 filter(None, [note, *(f"{name}: {value}, to fit memory" for name, value in options.items())])

@@ -7,13 +7,13 @@ import math
 import os.path
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from compress.errors import CompressError, RecipeError, nearest
 from compress.recipe_yaml import Document, Place, nearest_file, pass_entry
-from compress.registry import PASSES, allowed_words, yaml_words
+from compress.registry import PASSES, allowed_words, models_in, yaml_words
 
 if TYPE_CHECKING:
     from compress.passes.base import Pass
@@ -97,8 +97,34 @@ class Checker:
         if options is not None and not isinstance(options, dict):
             self.problem((*place, name), f"{yaml_words(options)} is not allowed; allowed: a mapping of options.")
             return None
-        built = self.build(PASSES.get(name), options or {}, (*place, name))
+        cls = PASSES.get(name)
+        built = self.build(cls, self._placed(cls, options or {}, (*place, name)), (*place, name))
         return built if built is None else self._located(built, (*place, name))
+
+    def _placed(self, cls: type[Pass], options: dict[str, Any], place: Place) -> dict[str, Any]:
+        """The options with the paths among them made absolute."""
+        from compress.builtin import MODELS
+
+        if not getattr(cls, "paths", None):
+            return options
+        try:
+            found: dict[str, Any] = json.loads(json.dumps(plain(options)))
+        except TypeError:  # which `build` says in its own words
+            return options
+        for dotted, kind in cls.paths.items():
+            *outer, last = dotted.split(".")
+            inner: Any = found
+            for part in outer:
+                inner = inner.get(part) if isinstance(inner, dict) else None
+            value = inner.get(last) if isinstance(inner, dict) else None
+            if not isinstance(value, str) or not value or value in cls.words:
+                continue
+            where = (*place, *dotted.split("."))
+            if kind == "folder" or value.endswith(".json"):
+                inner[last] = str(self.path(where, value))
+            else:
+                inner[last] = (self.model if kind == "model" else self.source)(where, value, tuple(MODELS))
+        return found
 
     def _located(self, step: Pass, place: Place) -> Pass:
         """The pass with the texts that its options name made absolute."""
@@ -228,10 +254,15 @@ def _field(cls: type[BaseModel], place: Place) -> tuple[type[BaseModel], Any]:
     """The model that owns the last part of `place`, and that part's field (None where it is no field itself)."""
     owner, field = cls, None
     for depth, part in enumerate(place):
-        field = owner.model_fields.get(str(part))
-        if field is None or depth == len(place) - 1:
+        last = depth == len(place) - 1
+        if isinstance(part, int):  # an entry of a list, whose model is known already
+            if last:
+                return owner, None
+            continue
+        field = owner.model_fields.get(part)
+        if field is None or last:
             break
-        inner = [item for item in (field.annotation, *get_args(field.annotation)) if hasattr(item, "model_fields")]
+        inner = list(models_in(field.annotation))
         if not inner:
             return owner, None
         owner = inner[0]

@@ -85,8 +85,10 @@ PASSES = Registry(
         "alps": "compress.passes.alps:ALPS",
         "autoround": "compress.passes.autoround:AutoRound",
         "awq": "compress.passes.awq:AWQ",
+        "block_distill": "compress.passes.block_distill:BlockDistill",
         "bnb": "compress.passes.bnb:Bnb",
         "depth": "compress.passes.depth:Depth",
+        "distill": "compress.passes.distill:Distill",
         "efficientqat": "compress.passes.efficientqat:EfficientQAT",
         "experts": "compress.passes.experts:Experts",
         "fp8": "compress.passes.fp8:FP8",
@@ -151,12 +153,30 @@ class Option(NamedTuple):
 
 def pass_options(name: str) -> list[Option]:
     """What `passes: [- name: {...}]` can say, from the fields of the pass. Raises RecipeError for an unknown pass."""
+    return _options(PASSES.get(name), "")
+
+
+def _options(cls: Any, prefix: str) -> list[Option]:
+    """The fields of a model, and those of models in them under dotted names."""
     options = []
-    for option, field in PASSES.get(name).model_fields.items():
-        default = "required" if field.is_required() else yaml_words(field.get_default(call_default_factory=True))
+    for name, field in cls.model_fields.items():
+        value: Any = None if field.is_required() else field.get_default(call_default_factory=True)
+        words = yaml_words(value.model_dump(exclude_defaults=True) if hasattr(value, "model_dump") else value)
+        default = "required" if field.is_required() else words
         description = " ".join((field.description or "").split())
-        options.append(Option(option, type_words(field.annotation), default, allowed_words(field), description))
+        dotted = f"{prefix}{name}"
+        options.append(Option(dotted, type_words(field.annotation), default, allowed_words(field), description))
+        for inner in models_in(field.annotation):
+            options += _options(inner, f"{dotted}.")
     return options
+
+
+def models_in(annotation: Any) -> Iterator[Any]:
+    """The pydantic models in a field's type, those in lists and unions included."""
+    if hasattr(annotation, "model_fields"):
+        yield annotation
+    for part in get_args(annotation):
+        yield from models_in(part)
 
 
 def yaml_words(value: Any, limit: int = 60) -> str:

@@ -52,6 +52,56 @@ def write_text(
     return tokens
 
 
+@torch.no_grad()
+def continued(
+    model: PreTrainedModel, ids: Tensor, labels: Tensor | None, padding: int = 0
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the model makes of the beginnings of windows [batch, length], drawn from its distribution by torch's own
+    generator: ids, mask (None: nothing is padded), and the ids again with -100 on what it was given.
+
+    `labels`: a window begins with what comes before its first label, and may end early. Without, it begins with its
+    first quarter.
+    """
+    batch, length = ids.shape
+    if labels is None:
+        start = max(1, length // 4)
+        written = _generated(model, ids[:, :start], torch.ones_like(ids[:, :start]), length - start, [], padding)
+        told = written.clone()
+        told[:, :start] = -100
+        return written, None, told
+    starts = (labels != -100).int().argmax(1).clamp_min(1)
+    widest = int(starts.max())
+    prompts, mask = ids.new_full((batch, widest), padding), ids.new_zeros((batch, widest))
+    for row, start in enumerate(starts.tolist()):
+        prompts[row, widest - start :] = ids[row, :start]
+        mask[row, widest - start :] = 1
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    new = _generated(model, prompts, mask, max(1, length - widest), ends, padding)[:, widest:]
+    over = torch.isin(new, ids.new_tensor(ends)).int().cumsum(1)
+    alive = (over == 0) | ((over == 1) & torch.isin(new, ids.new_tensor(ends)))
+    width = widest + new.shape[1]
+    written, kept = ids.new_full((batch, width), padding), ids.new_zeros((batch, width))
+    told = ids.new_full((batch, width), -100)
+    for row, start in enumerate(starts.tolist()):
+        count = int(alive[row].sum())
+        written[row, :start], written[row, start : start + count] = ids[row, :start], new[row, :count]
+        told[row, start : start + count] = new[row, :count]
+        kept[row, : start + count] = 1
+    return written, kept, told
+
+
+def _generated(
+    model: PreTrainedModel, prompts: Tensor, mask: Tensor, new: int, ends: list[int], padding: int
+) -> Tensor:
+    least = {} if ends else {"min_new_tokens": new}
+    result: Tensor = model.generate(
+        prompts, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
+        eos_token_id=ends, pad_token_id=padding, **least,
+    )  # fmt: skip
+    return result
+
+
 def _cache_bytes(model: PreTrainedModel) -> int:
     """Of the keys and values of one token."""
     text = model.config.get_text_config()

@@ -58,6 +58,8 @@ class ModelShape:
         self.packed_bytes = 0
         #: Whether plain transformers expands the packed layers to run them; bitsandbytes' it runs as they are.
         self.expands = False
+        #: Whether the whole model is in memory while passes work.
+        self.resident = True
 
     def _look(self) -> None:
         """Sees the model as it stands: what follows from its shapes alone."""
@@ -160,6 +162,10 @@ class ModelShape:
             kept = {name: tensor for name, tensor in kept.items() if name.rpartition(".")[0] in packed}
         ends = checkpoint_bytes(_specs(kept)) if kept else 0
         return ends + sum(checkpoint_bytes(_specs(block.state())) for block in self.handle.block_list())
+
+    def largest_block_values(self) -> int:
+        """Weights of the block that has most, packed ones counted as unpacked."""
+        return max(block.matrix_weights() for block in self.handle.block_list())
 
     def largest_block(self) -> int:
         """Bytes of the tensors of the block that has most."""

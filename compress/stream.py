@@ -11,7 +11,7 @@ the pass found it. Both paths start as the same tensors; the second one goes thr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from compress.capture import UNKNOWN, Call, Capture, run_recorded, share
 from compress.data import Windows
+from compress.errors import StartError
 from compress.model import Block, ModelHandle
 from compress.nn.kernels import cached
 
@@ -40,14 +41,21 @@ class CalibrationStream:
     """The calibration batches as they stand before the block whose turn it is.
 
     Holds one hidden state [batch, length, hidden] a batch, in the model's dtype, on the CPU between its uses; with
-    `original`, a second one: that of the model as it is now, which `advance` does not touch.
+    `original`, a second one: that of the model as it is now, which `advance` does not touch, or of `originals`, another
+    model with as many blocks.
 
     Where a model has several stacks of blocks (an encoder and a decoder), they are gone through one after the other:
     what enters a later one follows from what the ones before it gave, and is captured when its first block is asked
     for. What those gave is kept, as the model's end may ask for it.
     """
 
-    def __init__(self, model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048, original: bool = False):
+    def __init__(
+        self, model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048, original: bool = False,
+        originals: ModelHandle | None = None,
+    ):  # fmt: skip
+        if originals is not None and len(model.stacks) > 1:
+            names = ", ".join(stack.name for stack in model.stacks)
+            raise StartError(f"Learning from another model's blocks takes one stack of blocks; this one has {names}.")
         self.model, self.windows, self.tokens_per_batch = model, windows, tokens_per_batch
         #: bool [batch, length] a batch, False on padding; None where there is none.
         self.masks: list[torch.Tensor | None] = []
@@ -60,6 +68,10 @@ class CalibrationStream:
         self.original: list[torch.Tensor] | None = list(self.hidden) if original else None
         self.original_calls = self.calls
         self._original_given: list[list[torch.Tensor]] = []
+        self.originals = originals
+        if originals is not None:
+            second = CalibrationStream(originals, windows, tokens_per_batch)
+            self.original, self.original_calls = second.hidden, second.calls
 
     def fork(self) -> CalibrationStream:
         """A stream that stands where this one does, and goes its own way from here; no second path."""
@@ -151,13 +163,28 @@ class CalibrationStream:
 
     @torch.no_grad()
     def advance_original(self, block: Block, module: nn.Module | None = None) -> None:
-        """Pushes the second path, if there is one, through the block as it is now, or through `module` in its place."""
+        """Pushes the second path, if there is one, through `module`, or the block that it has in the place of this."""
         if self.original is None:
+            return
+        if module is None and self.originals is not None:
+            self.advance_original(block, self.original_block(block))
+            self.release_original(block)
             return
         self.reach(block)
         for index, hidden in enumerate(self.original):
             out = called(module or block.module, hidden.to(self.model.device), self.original_calls[index][block.index])
             self.original[index] = out.cpu()
+
+    def original_block(self, block: Block) -> nn.Module:
+        """The block that the second path goes through: of `originals`, or a copy of this as it is now."""
+        if self.originals is None:
+            return deepcopy(block.module)
+        return self.originals.load(self.originals.block_list()[block.index]).module
+
+    def release_original(self, block: Block) -> None:
+        """Lets go of what `original_block` loaded."""
+        if self.originals is not None:
+            self.originals.release(self.originals.block_list()[block.index])
 
     @torch.no_grad()
     def push(self, block: Block, hidden: list[torch.Tensor]) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -97,7 +97,7 @@ class Training:
 def train(
     objective: nn.Module,
     groups: Sequence[Group],
-    windows: Windows,
+    windows: Windows | Dataset,
     schedule: Schedule,
     *,
     title: str,
@@ -109,11 +109,12 @@ def train(
     """Trains the parameters of `groups` in place, all others staying as they are.
 
     `objective(input_ids=..., attention_mask=...)` gives the mean loss of a batch of windows [batch, length], the mask
-    only where the windows have one; one whose forward takes `labels` gets those of the windows. Windows are shuffled
-    anew each epoch by `schedule.seed`. `folder` is where checkpoints are kept (None: nowhere), and where a killed run
-    finds them; it is removed by the caller. `held_out`: windows that are evaluated on, from before the first step; the
-    weights of the best evaluation are kept. CompressError with step and batch where the loss is not finite, StartError
-    where the windows of a step cannot be shared out evenly.
+    only where the windows have one; one whose forward takes `labels` gets those of the windows. The items of any other
+    `Dataset`, mappings of tensors with their `row`, are given to it as they are. Windows are shuffled anew each epoch
+    by `schedule.seed`. `folder` is where checkpoints are kept (None: nowhere), and where a killed run finds them; it is
+    removed by the caller. `held_out`: windows that are evaluated on, from before the first step; the weights of the
+    best evaluation are kept. CompressError with step and batch where the loss is not finite, StartError where the
+    windows of a step cannot be shared out evenly.
     """
     objective.requires_grad_(False)
     for group in groups:
@@ -141,8 +142,8 @@ def bf16_is_fast(device: str | torch.device) -> bool:
 
 class _Trainer(Trainer):  # type: ignore[misc]
     def __init__(
-        self, objective: nn.Module, groups: Sequence[Group], windows: Windows, schedule: Schedule, folder: Path,
-        title: str, device: str, keeps: bool,
+        self, objective: nn.Module, groups: Sequence[Group], windows: Windows | Dataset, schedule: Schedule,
+        folder: Path, title: str, device: str, keeps: bool,
     ):  # fmt: skip
         self.groups, self.schedule, self.title = groups, schedule, title
         self.objective = objective
@@ -170,7 +171,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
             dataloader_pin_memory=device != "cpu", label_names=[], ddp_find_unused_parameters=False,
             ddp_broadcast_buffers=False,
         )  # fmt: skip
-        super().__init__(model=objective, args=arguments, train_dataset=WindowsDataset(windows), data_collator=together)
+        self.whole = not isinstance(windows, Windows)  # whether the objective takes all that an item holds
+        texts = windows if self.whole else WindowsDataset(windows)
+        super().__init__(model=objective, args=arguments, train_dataset=texts, data_collator=together)
         self.model_accepts_loss_kwargs = True  # what `compute_loss` gives needs no dividing by the micro-batches
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -208,7 +211,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         known = ("input_ids", "attention_mask", *(["labels"] if self.takes_labels else []))
-        loss: Tensor = model(**{name: tensor for name, tensor in batch.items() if name in known})
+        given = {name: t for name, t in batch.items() if name in known or (self.whole and name != "row")}
+        loss: Tensor = model(**given)
         return loss
 
     def compute_loss(

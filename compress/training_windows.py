@@ -52,5 +52,7 @@ def together(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
     if "attention_mask" in batch:
         width = max(1, int(batch["attention_mask"].sum(1).max()))
-        batch = {name: tensor[:, :width] if tensor.dim() == 2 else tensor for name, tensor in batch.items()}
+        length = batch["input_ids"].shape[1]
+        by_token = {name for name, tensor in batch.items() if tensor.dim() > 1 and tensor.shape[1] == length}
+        batch = {name: tensor[:, :width] if name in by_token else tensor for name, tensor in batch.items()}
     return batch

@@ -15,6 +15,7 @@ from compress.stream import CalibrationStream
 
 if TYPE_CHECKING:
     from compress.passes.base import BlockPass
+    from compress.passes.block_distill import BlockDistill
 
 
 def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
@@ -31,7 +32,7 @@ def walk(pass_: BlockPass, model: ModelHandle, context: Context) -> PassResult:
     stream = None
     if windows is not None:
         stream = CalibrationStream(model, windows, context.tokens_per_batch, pass_.needs_original)
-    return PassResult(model, over_blocks(pass_.name, model, context, partial(_change, pass_, stream), stream), coverage)
+    return PassResult(model, over_blocks(pass_.name, model, context, partial(change, pass_, stream), stream), coverage)
 
 
 def over_blocks(
@@ -76,7 +77,7 @@ def over_blocks(
     return records
 
 
-def _change(pass_: BlockPass, stream: CalibrationStream | None, block: Block) -> dict[str, Any]:
+def change(pass_: BlockPass | BlockDistill, stream: CalibrationStream | None, block: Block) -> dict[str, Any]:
     """Compresses the block, and moves the text behind it."""
     calibration = BlockCalibration(block, stream) if stream is not None else None
     metrics = pass_.compress_block(block, calibration)

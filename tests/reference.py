@@ -769,6 +769,26 @@ def fisher_diagonal(model, weight, tokens):
     return total / len(tokens) / (tokens.shape[1] - 1)
 
 
+def row_divergence(student, teacher, direction, beta=0.5, temperature=1.0, kept=None):
+    """Divergence of one row's softmaxes, times temperature squared, by its definition: events of probability 0 add
+    nothing. `kept`: the tokens told apart; all others are one event."""
+
+    def events(logits):
+        exponents = [math.exp(value / temperature) for value in logits]
+        probabilities = [value / sum(exponents) for value in exponents]
+        if kept is None or len(kept) == len(probabilities):
+            return probabilities
+        return [probabilities[i] for i in kept] + [sum(p for i, p in enumerate(probabilities) if i not in kept)]
+
+    def kl(first, second):
+        return sum(a * math.log(a / b) for a, b in zip(first, second, strict=True) if a > 0)
+
+    p, q = events(teacher), events(student)
+    m = [beta * a + (1 - beta) * b for a, b in zip(p, q, strict=True)]
+    jsd = beta * kl(p, m) + (1 - beta) * kl(q, m)
+    return {"forward": kl(p, q), "reverse": kl(q, p), "jsd": jsd}[direction] * temperature**2
+
+
 def eora(error: np.ndarray, inputs: np.ndarray, r: int) -> np.ndarray:
     """The correction of EoRA (arXiv 2410.21271, section 3.2), float64: `error` [out, in] is projected into the
     eigenspace of the inputs' [tokens, in] second moment, approximated there by its first `r` singular values, and

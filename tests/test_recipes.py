@@ -9,6 +9,7 @@ import torch
 from transformers import BertForSequenceClassification
 
 import compress
+from compress import answers
 from compress.recipe import Recipe
 from compress.testing import save_tiny, tiny_model, tiny_tokenizer
 
@@ -53,26 +54,31 @@ def test_the_classifiers_recipe_learns_the_classes_and_its_result_is_verified(la
     assert report.verified.max_logit_difference < 1e-3
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    folder = save_tiny(tmp_path_factory.mktemp("classifier"), "bert")
-    model = BertForSequenceClassification(tiny_model("bert").config)
-    model.bert.load_state_dict(tiny_model("bert").state_dict())
-    model.save_pretrained(folder)
-    return folder
+def _reasoned(model, tokenizer, prompts, options):
+    """What a teacher would write that can add: the stand-in cannot."""
+    return [f" I see. So {eval(prompt.split()[1].removesuffix('=?'))}." for prompt in prompts]
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != "classifier-lora"], ids=lambda path: path.stem)
-def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, classifier, tmp_path):
-    asked = Recipe.load(path)
+def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, labelled, tmp_path, monkeypatch):
+    asked, text = Recipe.load(path), path.read_text()
+    model = labelled if "classifier" in path.stem else stand_in
     overrides = ["data.calibration.samples=4", "data.calibration.length=32", "benchmark=false"]
     for role in ("calibration", "training", "evaluation"):
         if role == "calibration" or getattr(asked.data, role) is not None:
             overrides += [f"data.{role}.source=builtin:tiny", f"data.{role}.samples=8", f"data.{role}.length=32"]
     for name in ("quantize", "lora"):
-        if f"- {name}:" in path.read_text():
+        if f"- {name}:" in text:
             overrides.append(f"passes.{name}.tokens=512")
-    model = classifier if "classifier" in path.stem else stand_in
+    if "- distill:" in text:
+        overrides += ["passes.distill.steps=2", "passes.distill.batch_size=4"]
+    if path.stem == "prune-distill-quantize":  # the stand-in has two blocks
+        overrides.append("passes.depth.layers=1")
+    if "answers:" in text:
+        monkeypatch.setattr(answers, "generate_texts", _reasoned)
+        overrides.append("passes.distill.answers.samples=8")
+    if path.stem == "distill-classifier":
+        overrides += [f"data.training.source={labelled / 'texts.jsonl'}", "data.training.samples=null"]
     recipe = Recipe.load(path, overrides, model=str(model), output=str(tmp_path / "run"))
     report = compress.run(recipe)
     assert report.verified.reloaded

@@ -12,7 +12,6 @@ keeps those.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from compress.block_training import Aims, block_error, exchanged_layers, train_block
 from compress.errors import CompressError
 from compress.passes.base import LayerShape
 from compress.passes.gptq import GPTQ
@@ -29,7 +29,6 @@ from compress.passes.rtn import RTN
 
 if TYPE_CHECKING:
     from compress.calibration import BlockCalibration
-    from compress.capture import Call
     from compress.model import Block
     from compress.nn.trained import WeightTrained
 
@@ -99,12 +98,11 @@ class AutoRound(RoundingPass):
             raise CompressError("autoround needs calibration text")
         originals = {name: layer.weight.clone() for name, layer in block.layers(self.targets, self.skip).items()}
         report = self._starting().compress_block(block, calibration)["layers"]
-        batches = list(calibration.batches())
-        aims = list(calibration.original_outputs())
-        before = _error(calibration, batches, aims)
+        aims = Aims.of(calibration)
+        before = block_error(calibration, aims)
         with _trainable(block, originals) as layers:
-            steps = self._train(block, calibration, layers, batches, aims)
-            after = _error(calibration, batches, aims)
+            steps = self._train(block, calibration, layers, aims)
+            after = block_error(calibration, aims)
         if after < before:
             for name, layer in block.layers(self.targets, self.skip).items():
                 packed = layers[name].packed()
@@ -114,8 +112,7 @@ class AutoRound(RoundingPass):
         return {"layers": report, "start_error": before, "trained_error": after, "steps": steps, **said}
 
     def _train(
-        self, block: Block, calibration: BlockCalibration, layers: dict[str, WeightTrained],
-        batches: Sequence[tuple[Tensor, Call, Tensor | None]], aims: Sequence[Tensor],
+        self, block: Block, calibration: BlockCalibration, layers: dict[str, WeightTrained], aims: Aims
     ) -> int:  # fmt: skip
         """Trains in place; returns the number of steps done."""
         groups = []
@@ -127,25 +124,8 @@ class AutoRound(RoundingPass):
             groups += [{"params": [p.requires_grad_(True)], "lr": rate, "peak": rate} for p, rate in trained]
         sign = self.optimizer == "sign"
         optimizer = SignSGD(groups) if sign else torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15)
-        order = torch.Generator().manual_seed(block.index)
-        started, steps = time.monotonic(), 0
-        allowed = None if self.minutes is None else 60 * self.minutes / len(block.stack)
-        while steps < self.iterations:
-            for index in torch.randperm(len(batches), generator=order).tolist():
-                spent = steps / self.iterations
-                if allowed is not None:
-                    spent = max(spent, (time.monotonic() - started) / allowed)
-                if spent >= 1:
-                    return steps
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * (1 - spent)
-                hidden, call, mask = batches[index]
-                loss = _squared(calibration.forward(hidden, call), aims[index], mask).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                steps += 1
-        return steps
+        seconds = None if self.minutes is None else 60 * self.minutes / len(block.stack)
+        return train_block(calibration, aims, optimizer, self.iterations, seed=block.index, seconds=seconds)
 
 
 @contextmanager
@@ -153,31 +133,6 @@ def _trainable(block: Block, originals: Mapping[str, Tensor]) -> Iterator[dict[s
     """Trainable layers in the place of those that were just rounded; afterwards the dense ones again."""
     from compress.nn.trained import WeightTrained
 
-    dense = {name: block.module.get_submodule(name) for name in block.pending}
     layers = {name: WeightTrained(packed, originals[name]) for name, packed in block.pending.items()}
-    for name, layer in layers.items():
-        block.module.set_submodule(name, layer)
-    try:
+    with exchanged_layers(block.module, layers):
         yield layers
-    finally:
-        for name, module in dense.items():
-            block.module.set_submodule(name, module)
-
-
-def _squared(given: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
-    """Squared differences of hidden states [batch, length, hidden], padding left out."""
-    if mask is not None:
-        given, aim = given[mask.to(given.device)], aim[mask.to(given.device)]
-    return (given.float() - aim.float()).square()
-
-
-@torch.no_grad()
-def _error(
-    calibration: BlockCalibration, batches: Sequence[tuple[Tensor, Call, Tensor | None]], aims: Sequence[Tensor]
-) -> float:
-    """|block(inputs) - aims|**2 / |aims|**2 over all batches."""
-    lost = size = 0.0
-    for (hidden, call, mask), aim in zip(batches, aims, strict=True):
-        lost += float(_squared(calibration.forward(hidden, call), aim, mask).double().sum())
-        size += float(_squared(aim, torch.zeros_like(aim), mask).double().sum())
-    return lost / size if size else 0.0

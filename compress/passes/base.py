@@ -38,14 +38,17 @@ class Context:
     """What a pass is given besides the model.
 
     `calibration` and `training` hold token ids [samples, length]; `original` opens the model as it was before any pass,
-    in the dtype and on the device of the one worked on; `stage` is where finished blocks are kept so that a killed run
-    continues there (None: nothing is kept); `min_coverage` is the least share of the blocks' matrix weights the
-    pass must change; `tokens_per_batch` bounds the activations in flight; `seed` decides what is drawn at random.
+    in the dtype and on the device of the one worked on, `original_folder` is where it lies, if it does;
+    `tasks` are the benchmark's test items, by area; `stage` is where finished blocks are kept so that a killed run
+    continues there (None: nothing is kept); `min_coverage` is the least share of the blocks' matrix weights the pass
+    must change; `tokens_per_batch` bounds the activations in flight; `seed` decides what is drawn at random.
     """
 
     calibration: Windows | None = None
     training: Windows | None = None
     original: Callable[[], PreTrainedModel] | None = None
+    original_folder: Path | None = None
+    tasks: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     seed: int = 0
     stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
@@ -107,6 +110,11 @@ class Pass(BaseModel):
 
     #: Whether it leaves a model of another shape, with another config, which its stage then keeps as well.
     structural: ClassVar[bool] = False
+
+    #: Options that name a model, a source of text or a folder (dotted path -> which of them), in a recipe
+    #: relative to its folder; and words that are no such name.
+    paths: ClassVar[Mapping[str, str]] = {}
+    words: ClassVar[frozenset[str]] = frozenset()
 
     #: Whether it reads whole documents with the tokenizer, not only windows of tokens.
     needs_documents: ClassVar[bool] = False
@@ -175,7 +183,8 @@ class Pass(BaseModel):
         min_coverage: float = 0.5,
         progress: Progress | None = None,
     ) -> PassResult:
-        """Applies the pass to a loaded model, in place; the result's `.model` is the same object.
+        """Applies the pass to a loaded model, in place; the result's `.model` is the same object, unless the pass was
+        told to make another one.
 
         `calibration`: texts (then `tokenizer` cuts them into windows of `length` tokens, `samples` of them drawn at
         random by `seed`; the defaults are a recipe's), or token ids [samples, length] (int64), used as they are.
@@ -222,6 +231,7 @@ class Pass(BaseModel):
             texts=documents if read else None,
             training=cut(training, "training") if self.needs_training else None,
             original=_opener(original, handle) if original is not None else None,
+            original_folder=Path(original) if isinstance(original, str | Path) else None,
             seed=seed,
             min_coverage=min_coverage,
             progress=progress or Progress(),
@@ -230,7 +240,7 @@ class Pass(BaseModel):
         handle.record(self)
         if handle.adapter is not None:
             handle.adapter.attach(model)
-        return replace(result, model=model)
+        return replace(result, model=handle.model)
 
 
 def _opener(original: PreTrainedModel | str | Path, like: ModelHandle) -> Callable[[], PreTrainedModel]:

@@ -81,7 +81,7 @@ class EndToEndPass(Pass):
         windows, teacher, layers = self._needed(model, context)
         windows = self._with_written(windows, teacher, context)
         trained = {name: self.trained(layer, "sparse" in model.states) for name, layer in layers.items()}
-        norms = {name: nn.Parameter(p.detach().float()) for name, p in self._norms(model).items()}
+        norms = norms_of(model) if self.norm_learning_rate else {}
         groups = [group for layer in trained.values() for group in self.groups(layer)]
         if norms:
             groups.append(Group(list(norms.values()), self.norm_learning_rate))
@@ -91,7 +91,7 @@ class EndToEndPass(Pass):
         )
         schedule = Schedule(steps, self.batch_size, int(self.warmup * steps), context.seed, bf16)
         folder = context.stage.folder / "training" if context.stage else None
-        with _exchanged(model.model, trained, norms):
+        with exchanged(model.model, trained, norms):
             result = train(
                 _Imitation(model.model, teacher), groups, windows, schedule, title=self.name, device=model.device,
                 folder=folder, progress=context.progress,
@@ -115,29 +115,12 @@ class EndToEndPass(Pass):
             raise StartError(f"{self.name} learns from the original model: give original=... (a model or its folder).")
         if not model.resident:
             raise StartError(f"{self.name} trains the whole model at once: use residency: memory.")
-        layers = self._layers(model)
+        layers = packed_layers(model, self.name)
         return context.training, context.original(), layers
 
     def reshape(self, model: ModelHandle) -> None:
         """Nothing changes its shape; a model that cannot be trained is refused by the plan already."""
-        self._layers(model)
-
-    def _layers(self, model: ModelHandle) -> dict[str, QuantLinear]:
-        """The packed layers in the blocks, by their names; StartError where there are none, or others as well."""
-        layers = {
-            f"{block.name}.{name}": block.module.get_submodule(name)
-            for block in model.block_list()
-            for name in block.quantized()
-        }
-        if not layers:
-            raise StartError(f"{self.name} trains packed layers, and this model has none: round it first.")
-        for name, layer in layers.items():
-            if type(layer) is not QuantLinear or layer.spec.stored != "packed":
-                raise StartError(
-                    f"{self.name} trains packed integers of 2 to 8 bits with scales, as gptq and other rounding passes "
-                    f"leave them, and {name} is stored in another way (smoothquant, fp8, bnb): leave one out."
-                )
-        return layers
+        packed_layers(model, self.name)
 
     def _with_written(self, windows: Windows, teacher: PreTrainedModel, context: Context) -> Windows:
         """The training text, and what the original model writes from tokens drawn from it."""
@@ -154,20 +137,6 @@ class EndToEndPass(Pass):
         kept = context.stage.folder / "written.safetensors" if context.stage else None
         written = write_text(teacher, first, windows.length, context.seed, self.name, context.progress, kept)
         return windows_from(torch.cat([windows.tokens, written]), None)
-
-    def _norms(self, model: ModelHandle) -> dict[str, nn.Parameter]:
-        """The norms' weights: all vectors but the biases of matrices."""
-        if not self.norm_learning_rate:
-            return {}
-        found: dict[str, nn.Parameter] = {}
-        for path, module in model.model.named_modules():
-            parameters = dict(module.named_parameters(recurse=False))
-            if isinstance(module, QuantLinear) or any(p.dim() > 1 for p in parameters.values()):
-                continue
-            found |= {
-                f"{path}.{name}": p for name, p in parameters.items() if p.dim() == 1 and "norm" in f"{path}.{name}"
-            }
-        return found
 
     def _records(self, model: ModelHandle, before: dict[str, QuantLinear]) -> list[dict[str, Any]]:
         """For each block and layer: how far the weight moved, relative to itself."""
@@ -229,8 +198,40 @@ def _relative_error(given: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
     return (given.float() - aim.float()).square().sum() / aim.float().square().sum()
 
 
+def packed_layers(model: ModelHandle, title: str) -> dict[str, QuantLinear]:
+    """The packed layers in the blocks, by their names; StartError, naming the pass `title`, where there are none, or
+    others as well."""
+    layers = {
+        f"{block.name}.{name}": block.module.get_submodule(name)
+        for block in model.block_list()
+        for name in block.quantized()
+    }
+    if not layers:
+        raise StartError(f"{title} trains packed layers, and this model has none: round it first.")
+    for name, layer in layers.items():
+        if type(layer) is not QuantLinear or layer.spec.stored != "packed":
+            raise StartError(
+                f"{title} trains packed integers of 2 to 8 bits with scales, as gptq and other rounding passes "
+                f"leave them, and {name} is stored in another way (smoothquant, fp8, bnb): leave one out."
+            )
+    return layers
+
+
+def norms_of(model: ModelHandle) -> dict[str, nn.Parameter]:
+    """Float32 copies of the norms' weights, to be trained: all vectors but the biases of matrices."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in model.model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        if isinstance(module, QuantLinear) or any(p.dim() > 1 for p in parameters.values()):
+            continue
+        for name, p in parameters.items():
+            if p.dim() == 1 and "norm" in f"{path}.{name}":
+                found[f"{path}.{name}"] = nn.Parameter(p.detach().float())
+    return found
+
+
 @contextmanager
-def _exchanged(model: nn.Module, trained: dict[str, Trained], norms: dict[str, nn.Parameter]) -> Iterator[None]:
+def exchanged(model: nn.Module, trained: dict[str, Trained], norms: dict[str, nn.Parameter]) -> Iterator[None]:
     """Trainable layers, and norms in float32, in the place of the model's; afterwards packed layers again, and norms in
     the dtype that they had."""
     dtypes = {name: model.get_parameter(name).dtype for name in norms}

@@ -36,8 +36,7 @@ def pruned(weight: Tensor, keep: Tensor, scores: Tensor) -> tuple[Tensor, dict[s
 
 
 def share_of_zeros(weight: Tensor) -> float:
-    share: float = 1.0 - int(weight.count_nonzero()) / weight.numel()
-    return share
+    return float(1.0 - int(weight.count_nonzero()) / weight.numel())
 
 
 class PruningPass(BlockPass):

@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.errors import StartError
 from compress.reports import plots, table, units
+from compress.reports.lessons import lesson_tables
 from compress.reports.report import Comparison, Figure, Report, finite
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -63,6 +64,7 @@ def content(report: Report, others: Sequence[Report] = ()) -> dict[str, Any]:
         "verdicts": table.VERDICTS,
         "size_plot": size_plot(report, others),
         "stages": table.stage_rows(report),
+        "lessons": lesson_tables(report),
         "damage_plot": damage_plot(report),
         "worst": worst_layers(report),
         "verified": verified_words(report),
