@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test check clean
+.PHONY: setup quickstart champion test check clean
 
 setup: $(VENV)/installed
 
@@ -14,6 +14,9 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt compress/nn/cpu.cpp
 
 quickstart: setup
 	$(BIN)/compress run recipes/quickstart.yaml
+
+champion: setup
+	$(BIN)/compress run recipes/tiny-champion.yaml
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -49,6 +49,11 @@ def quality(model: nn.Module, windows: Windows, original: nn.Module | None = Non
         if part.labels is not None and part.labels.dim() == 1:
             said += out.logits.argmax(-1).tolist()
             continue
+        if out.logits.dim() == 2:  # a classifier, and texts without a class: all there is to say is how far it moved
+            if original is not None:
+                moved = kl_divergence(out.logits.unsqueeze(1), original(**text).logits.unsqueeze(1), None)
+                sums["kl"], sums["tokens"] = sums["kl"] + float(moved) * len(part), sums["tokens"] + len(part)
+            continue
         labels = None if part.labels is None else part.labels.to(device)
         aims = learnt(text["input_ids"], mask, labels)[:, 1:]
         logits = out.logits[:, :-1].float()
@@ -61,6 +66,8 @@ def quality(model: nn.Module, windows: Windows, original: nn.Module | None = Non
     if said:
         assert windows.labels is not None
         return classified(said, windows.labels.tolist())
+    if not sums["aims"]:
+        return {"kl_divergence": sums["kl"] / sums["tokens"]} if sums["tokens"] else {}
     found = {"perplexity": float(torch.tensor(sums["nll"] / max(sums["aims"], 1), dtype=torch.float64).exp())}
     return found | ({"kl_divergence": sums["kl"] / sums["tokens"]} if original is not None else {})
 
