@@ -56,7 +56,7 @@ def adapter_beside(folder: Path) -> Path | None:
         last = next((entry for entry in reversed(history) if entry["pass"] != "kv_cache"), None)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if last is None or last["leaves"] != "adapter":
+    if last is None or last.get("leaves") != "adapter":
         return None
     parent = folder.absolute().parent
     adapter = (parent.parent if parent.name == "exports" else parent) / "adapter"

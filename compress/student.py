@@ -69,7 +69,8 @@ def _removing(model: ModelHandle, options: StudentOptions) -> list[Pass]:
             raise StartError(
                 f"distill: student.layers: there is no block {options.layers[-1]}, the last is {count - 1}."
             )
-        found.append(Depth(drop=drop))
+        if drop:
+            found.append(Depth(drop=drop))
     elif options.layers is not None:
         found.append(Depth(layers=amount(options.layers, count)))
     narrower = {"intermediate_size": options.intermediate_size, "heads": options.heads}

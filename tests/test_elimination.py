@@ -63,7 +63,7 @@ def test_many_at_once_lose_little_more_than_one_at_a_time(monkeypatch):
         order = eliminate(weight, _hessian(x), groups, 20)
         assert len(set(order)) == 20
         loss[steps] = removal_loss(weight, x, order, 0.01)
-    assert loss[100] <= loss[5] < 1.2 * loss[100]
+    assert (1 - 1e-9) * loss[100] <= loss[5] < 1.2 * loss[100]
 
 
 def test_without_is_the_textbooks_least_squares():

@@ -101,6 +101,9 @@ def test_load_computes_the_same_to_the_last_bit_from_packed_weights(name: str, l
     written = library.written[name]
     for folder in (written.folder, written.folder.parent):
         model = load(folder)
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.exact = True  # kernels may add up in another order
         assert torch.equal(outputs(model, library.tokens), written.expected)
         packed = {layer for layer, module in model.named_modules() if isinstance(module, QuantLinear)}
         assert packed == {layer for layer, module in written.model.named_modules() if isinstance(module, QuantLinear)}
