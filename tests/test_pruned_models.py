@@ -65,7 +65,7 @@ def test_pruning_what_is_quantized_is_refused(method):
 
 
 @pytest.mark.parametrize("passes", [[{"magnitude": {}}], [{"magnitude": {}}, {"rtn": {"group_size": 16}}]])
-def test_the_report_says_that_zeros_bring_no_speed_and_no_space(passes, tmp_path):
+def test_the_report_says_that_zeros_bring_no_speed_and_no_space(passes, tmp_path, unverified):
     folder = save_tiny(tmp_path / "model")
     recipe = {"model": str(folder), "passes": passes, "benchmark": False}
     report = compress.run({**recipe, "output": str(tmp_path / "run")})
