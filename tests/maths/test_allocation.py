@@ -75,4 +75,7 @@ def test_many_layers_are_solved_in_moments() -> None:
     sizes = [draw.choice([1, 2, 8, 3]) * 1024**2 for _ in range(280)]
     losses = [[draw.lognormvariate(0, 1) * size / 4**b for b in (2, 3, 4, 8)] for size in sizes]
     limit = Limit([[b * size for b in (2, 3, 4, 8)] for size in sizes], int(3.5 * sum(sizes)))
-    assert best(losses, [limit]) is not None
+    chosen = best(losses, [limit])
+    assert chosen is not None
+    assert limit.spent(chosen) <= limit.most
+    assert sum(row[c] for row, c in zip(losses, chosen, strict=True)) < sum(row[1] for row in losses)  # 3 bits for all
