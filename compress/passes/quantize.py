@@ -1,7 +1,7 @@
 """Presets: rounding methods and their settings, chosen for given bits by what they cost and reach.
 
 In a recipe the entry stands for the passes it names, so each has its own stage, plan and place in the report. What the
-presets cost and reach is measured in `benchmarks/results/presets.md`.
+presets cost and reach is measured by `benchmarks/rounding.py`; the README has the table.
 """
 
 from __future__ import annotations
