@@ -151,7 +151,7 @@ def main() -> None:
     original = open_model(options.folder).model
     texts = cut_texts(
         recipe.data, ["calibration", "training", "evaluation"], read_tokenizer(options.folder), original.config,
-        Path.cwd(), 0,
+        Path.cwd(), 0, options.folder,
     )  # fmt: skip
     importance = column_squares(original, texts["calibration"])
     library = ctypes.CDLL(options.library)
