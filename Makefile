@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart champion test check clean
+.PHONY: setup quickstart champion test test-all check clean
 
 setup: $(VENV)/installed
 
@@ -19,6 +19,9 @@ champion: setup
 	$(BIN)/compress run recipes/tiny-champion.yaml
 
 test: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup

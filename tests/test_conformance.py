@@ -27,9 +27,7 @@ REFUSED = {
 #: Training takes longest, and looks at fewer things of a family: one of each kind, and those that are refused.
 TRAINED_ON = ("llama", "gemma3", "gpt2", "mixtral", "distilbert", "bert", "t5", "vit")
 CASES = [
-    (name, family)
-    for name in PASS_NAMES
-    for family in (TRAINED_ON if PASSES.get(name).needs_training else FAMILIES)
+    (name, family) for name in PASS_NAMES for family in (TRAINED_ON if PASSES.get(name).needs_training else FAMILIES)
 ]
 
 

@@ -50,14 +50,14 @@ def test_a_block_that_does_nothing_goes_first():
     assert torch.equal(outputs(model, tiny_tokens()), before)
 
 
-@pytest.mark.parametrize("residency", ["memory", "disk"])
+@pytest.mark.parametrize("residency", ["memory", pytest.param("disk", marks=pytest.mark.slow)])
 def test_the_folder_of_a_run_is_a_plain_model_with_fewer_blocks(folder, tmp_path, residency):
     run(_values(folder, tmp_path / "out", residency=residency))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert model.config.num_hidden_layers == len(model.model.layers) == 2
 
 
-@pytest.mark.parametrize("residency", ["memory", "disk"])
+@pytest.mark.parametrize("residency", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_a_run_killed_after_it_ends_with_the_same_bytes(folder, tmp_path, residency, monkeypatch, unverified):
     passes = [{"depth": {"layers": 2}}, {"rtn": {"bits": 4, "group_size": 16}}]
     run(_values(folder, tmp_path / "whole", passes=passes, residency=residency))

@@ -92,7 +92,7 @@ def test_an_amount_is_reached_with_whole_experts():
     assert compress.Experts(amount=0.05)(tiny_model("mixtral"), calibration=tiny_tokens()).coverage < 0.25
 
 
-@pytest.mark.parametrize("residency", ["memory", "disk"])
+@pytest.mark.parametrize("residency", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_a_run_killed_after_it_ends_with_the_same_bytes(folder, tmp_path, residency, monkeypatch, unverified):
     passes = [{"experts": {"experts": 2}}, {"rtn": {"bits": 4, "group_size": 16}}]
     values = {"passes": passes, "residency": residency, "min_coverage": 0}

@@ -23,6 +23,7 @@ def _values(folder, output):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_curve_of_one(tmp_path, unverified):
     folder = save_tiny(tmp_path / "model", num_hidden_layers=2)
     alone = run(_values(folder, tmp_path / "alone"))

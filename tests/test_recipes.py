@@ -16,6 +16,10 @@ from compress.testing import save_tiny, tiny_model, tiny_tokenizer
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
+#: Recipes whose folder is reloaded in a process of its own: one of each kind of folder, since that takes seconds.
+RELOADED = ("w4-gptq", "w8a8-smoothquant", "prune-width-30", "vocab-domain", "lora-recover", "prune-bert-classifier")
+
+
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("model"), hidden_size=64, intermediate_size=128, num_hidden_layers=2)
@@ -60,7 +64,9 @@ def _reasoned(model, tokenizer, prompts, options):
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != "classifier-lora"], ids=lambda path: path.stem)
-def test_the_recipe_runs_and_its_result_is_verified(path, stand_in, labelled, tmp_path, monkeypatch):
+def test_the_recipe_runs_and_changes_what_it_says(path, stand_in, labelled, tmp_path, monkeypatch, request):
+    if path.stem not in RELOADED:
+        request.getfixturevalue("unverified")
     asked, text = Recipe.load(path), path.read_text()
     model = labelled if "classifier" in path.stem else stand_in
     overrides = ["data.calibration.samples=4", "data.calibration.length=32", "benchmark=false"]

@@ -157,7 +157,7 @@ def test_what_is_missing_to_a_multiple_is_filled_with_unused_tokens():
         choose(counts, [7, 8, 9], lambda index: {index}, 2, 1, 1)
 
 
-@pytest.mark.parametrize("residency", ["memory", "disk"])
+@pytest.mark.parametrize("residency", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_a_run_killed_after_it_ends_with_the_same_bytes(folder, tmp_path, residency, monkeypatch, unverified):
     passes = [{"vocab": {}}, {"gptq": {"bits": 4, "group_size": 16}}]
     run(_values(folder, tmp_path / "whole", passes=passes, residency=residency))
@@ -180,7 +180,7 @@ def test_a_run_killed_after_it_ends_with_the_same_bytes(folder, tmp_path, reside
         assert (tmp_path / "whole" / "model" / name).read_bytes() == (tmp_path / "killed" / "model" / name).read_bytes()
 
 
-@pytest.mark.parametrize("residency", ["memory", "disk"])
+@pytest.mark.parametrize("residency", ["memory", pytest.param("disk", marks=pytest.mark.slow)])
 def test_the_folder_of_a_run_is_a_plain_model_with_its_own_tokenizer(folder, tmp_path, residency):
     report = run(_values(folder, tmp_path / "out", residency=residency))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")

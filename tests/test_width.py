@@ -238,14 +238,14 @@ def test_percentages_are_of_what_there_is_rounded_to_what_is_possible():
     assert (found["intermediate_size"], found["heads"]) == (48, 2)
 
 
-@pytest.mark.parametrize("residency", ["memory", "disk"])
+@pytest.mark.parametrize("residency", ["memory", pytest.param("disk", marks=pytest.mark.slow)])
 def test_the_folder_of_a_run_is_a_plain_model_of_that_width(folder, tmp_path, residency, unverified):
     run(_values(folder, tmp_path / "out", residency=residency))
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config
     assert (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads) == (40, 2, 1)
 
 
-@pytest.mark.parametrize("residency", ["memory", "disk"])
+@pytest.mark.parametrize("residency", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_a_run_killed_half_way_ends_with_the_same_bytes(folder, tmp_path, residency, monkeypatch, unverified):
     from compress.narrowing import Narrowing
 
@@ -382,7 +382,7 @@ def test_the_fit_brings_a_narrower_stream_nearer(changes):
     assert lost[True] < 0.7 * lost[False]
 
 
-@pytest.mark.parametrize("residency", ["memory", "disk"])
+@pytest.mark.parametrize("residency", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_a_narrower_stream_killed_half_way_ends_with_the_same_bytes(
     folder, tmp_path, residency, monkeypatch, unverified
 ):

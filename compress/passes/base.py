@@ -264,7 +264,9 @@ def refuse_states(pass_: Pass, states: Iterable[str]) -> None:
 
 def reason_against(pass_: Pass, model: PreTrainedModel) -> str | None:
     """One sentence on why the pass cannot work on such a model, or None: its own reason, or that of all that learn."""
-    if (pass_.needs_training or pass_.needs_teacher) and (model.config.is_encoder_decoder or model.main_input_name != "input_ids"):
+    if (pass_.needs_training or pass_.needs_teacher) and (
+        model.config.is_encoder_decoder or model.main_input_name != "input_ids"
+    ):
         return f"{type(model).__name__} is not trained here: training text goes into models that read one text."
     return pass_.refuses(model)
 
