@@ -11,7 +11,7 @@ import threading
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,9 +53,18 @@ class Prepared:
         )  # fmt: skip
         self.address = ctypes.addressof(self.layer)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the layer has other addresses: it is prepared anew when it is called."""
+        return _nothing, ()
+
     def holds(self, layer: QuantLinear) -> bool:
         """Whether it was made from these tensors: a checkpoint may have put others in their place."""
-        return layer.weight_packed is self.packed and layer.weight_scale is self.scale
+        buffers = layer._buffers  # past nn.Module's slow look-up: this is asked at every call
+        return buffers["weight_packed"] is self.packed and buffers["weight_scale"] is self.scale
+
+
+def _nothing() -> None:
+    return None
 
 
 @cache
@@ -70,13 +79,15 @@ def library() -> ctypes.CDLL | None:
                 return None
             found.compress_product.argtypes = (
                 ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
-                ctypes.c_int32,
+                ctypes.c_int32, ctypes.c_int32,
             )  # fmt: skip
             found.compress_expand.argtypes = (
                 ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
                 ctypes.c_int32,
             )  # fmt: skip
-            found.compress_product.restype = found.compress_expand.restype = None
+            found.compress_step.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+            found.compress_int8_serves.argtypes = (ctypes.c_void_p,)
+            found.compress_product.restype = found.compress_expand.restype = found.compress_step.restype = None
             return found if found.compress_level() else None
     return None
 
@@ -94,7 +105,7 @@ def why_not(layer: QuantLinear) -> str | None:
 
 def fits(layer: QuantLinear, x: Tensor) -> bool:
     """Whether the kernel can compute this product; not where gradients are asked for."""
-    if x.device.type != "cpu" or layer.exact or x.dtype not in (torch.float32, torch.bfloat16):
+    if layer.exact or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if not x.numel() or (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return False
@@ -109,8 +120,26 @@ def fits(layer: QuantLinear, x: Tensor) -> bool:
     return True
 
 
+def why_not_int8(layer: QuantLinear | None = None) -> str | None:
+    """Why inputs cannot be rounded to int8 here, or for a layer, as the end of a sentence; None where they can."""
+    found = library()
+    if found is None:
+        return "the kernel was not built (no compiler when the package was installed) or this processor lacks AVX2"
+    if not found.compress_int8():
+        return "this processor lacks AVX-512 VNNI"
+    if layer is None:
+        return None
+    least = STEP * 8 // layer.spec.bits
+    if layer.spec.bits == 3 or layer.in_features // layer.weight_scale.shape[1] % least:
+        return f"it takes 2, 4 or 8 bits and groups in multiples of {STEP * 4}, {STEP * 2} or {STEP}"
+    return None
+
+
 def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
-    """x [..., in] times the packed weight, sums in float32: [..., out] in the dtype of x. `level`: the most to use."""
+    """x [..., in] times the packed weight, sums in float32: [..., out] in the dtype of x. `level`: the most to use.
+
+    With `layer.int8_inputs`, fewer than `MANY` tokens are rounded to int8, a step for each group, where it `rounds`.
+    """
     prepared, found = layer.prepared, library()
     assert prepared is not None
     assert found is not None
@@ -121,8 +150,9 @@ def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
     else:
         out = x.new_empty((*x.shape[:-1], layer.out_features))
         found.compress_product(
-            prepared.address, x.data_ptr(), many, out.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level
-        )
+            prepared.address, x.data_ptr(), many, out.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level,
+            layer.int8_inputs,
+        )  # fmt: skip
     if layer.bias is not None:
         out += layer.bias.to(out.dtype)
     return out
