@@ -177,6 +177,10 @@ struct Narrow {  // AVX2: two registers for 16 floats
     static int place(int, int at) { return at; }
 };
 
+#ifndef AHEAD
+#define AHEAD 8192
+#endif
+
 // `count` numbers of a kind as floats; where the processor has AVX2, it has the conversion of halves.
 __attribute__((target("avx2,f16c"))) void to_floats(const void* from, int64_t count, int32_t kind, float* to) {
     if (kind == FLOAT32) {
@@ -207,6 +211,10 @@ void row_scales(const Layer& w, int64_t row, int64_t rows, float* to) {
     to_floats((const char*)w.scale + row * w.groups * size, rows * w.groups, w.scale_kind, to);
 }
 
+// How far ahead memory is asked for: whole blocks of rows, since rows are short and the processor's own guess ends with
+// each. `block`: bytes of a block.
+int64_t bytes_ahead(int64_t block) { return (AHEAD + block - 1) / block * block; }
+
 // ROWS rows of W times MANY rows of x, whose columns stand in the order of LEVEL::place; `scales` float
 // [ROWS, groups]; `sums` [MANY, groups]: x summed over each group. UNITS of 32 columns have one scale. For one row of x
 // it multiplies sums over UNITS; for several, the codes, which then takes less.
@@ -215,6 +223,7 @@ void row_scales(const Layer& w, int64_t row, int64_t rows, float* to) {
     TARGET static void NAME(const Layer& w, int64_t row, const float* x, int64_t stride, const float* scales,          \
                             const float* sums, float* out, int64_t out_stride) {                                       \
         const int64_t parts = w.columns / w.groups / (32 * UNITS);                                                     \
+        const int64_t ahead = bytes_ahead(ROWS * w.row_bytes);                                                         \
         LEVEL::Vector total[ROWS][MANY];                                                                               \
         for (int r = 0; r < ROWS; r++)                                                                                 \
             for (int m = 0; m < MANY; m++) total[r][m] = LEVEL::zeros();                                               \
@@ -225,6 +234,7 @@ void row_scales(const Layer& w, int64_t row, int64_t rows, float* to) {
             for (int64_t p = 0; p < parts; p++) {                                                                      \
                 LEVEL::Vector part[ROWS][2];                                                                           \
                 for (int r = 0; r < ROWS; r++) part[r][0] = part[r][1] = LEVEL::zeros();                               \
+                for (int r = 0; r < ROWS; r++) _mm_prefetch((const char*)from + r * w.row_bytes + ahead, _MM_HINT_T0); \
                 _Pragma("GCC unroll 4") for (int u = 0; u < UNITS; u++, from += 4 * BITS, at += 32) {                  \
                     _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {                                           \
                         LEVEL::codes<BITS>(from + r * w.row_bytes, first, second);                                     \

@@ -117,6 +117,7 @@ __attribute__((target(VNNI))) void product_int8(const Layer& w, int64_t row, con
     const int64_t parts = w.columns / share, units = share / (32 * WAYS), group = w.columns / w.groups;
     const __m256i mask = _mm256_set1_epi8(char((1 << BITS) - 1));
     const uint8_t* from = w.packed + row * w.row_bytes;
+    const int64_t ahead = bytes_ahead(ROWS_NOW * w.row_bytes);
     __m256 total[ROWS_NOW];
     for (int r = 0; r < ROWS_NOW; r++) total[r] = _mm256_setzero_ps();
     for (int64_t p = 0; p < parts; p++) {
@@ -126,6 +127,7 @@ __attribute__((target(VNNI))) void product_int8(const Layer& w, int64_t row, con
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS_NOW; r++) {
                 const __m256i codes = _mm256_loadu_si256((const __m256i*)(from + r * w.row_bytes));
+                _mm_prefetch((const char*)from + r * w.row_bytes + ahead, _MM_HINT_T0);
 #pragma GCC unroll 4
                 for (int way = 0; way < WAYS; way++) {
                     const __m256i part = BITS == 8 ? codes : _mm256_and_si256(_mm256_srli_epi16(codes, BITS * way), mask);

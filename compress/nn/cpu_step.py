@@ -100,13 +100,6 @@ class Parts:
     def scaling(self) -> Any:
         return getattr(self.attention, "scaling", None)
 
-    def tensors(self) -> list[Tensor | None]:
-        """All that the kernel reads of the block, to see whether something else has taken its place."""
-        found: list[Tensor | None] = []
-        for layer in self.layers:
-            found += [layer._buffers["weight_packed"], layer._buffers["weight_scale"], layer._parameters.get("bias")]
-        return found + [norm._parameters["weight"] for norm in (*self.norms, *self.head_norms) if norm is not None]
-
 
 def _is_silu(function: Any) -> bool:
     if not callable(function):
@@ -142,9 +135,8 @@ def _eps(module: nn.Module) -> float | None:
 class Prepared:
     """What the kernel is told of a block, and the tensors that the addresses in it belong to."""
 
-    def __init__(self, parts: Parts, dtype: torch.dtype):
-        self.tensors = parts.tensors()
-        self.dtype = dtype
+    def __init__(self, block: nn.Module, parts: Parts, dtype: torch.dtype):
+        self.dtype, self.attention = dtype, parts.attention
         for layer in parts.layers:
             if layer.prepared is None or not layer.prepared.holds(layer):
                 layer.prepared = cpu.Prepared(layer)
@@ -164,6 +156,23 @@ class Prepared:
             kind=cpu._KINDS[dtype], at_most=max(cpu.LEVELS), int8=all(layer.int8_inputs for layer in parts.layers)
         )
         self.addresses = ctypes.addressof(self.block), ctypes.addressof(self.step)
+        # Asked at every token, so as plain dictionaries: what must be as it was, and where others would listen
+        owners = [module for module in (block._modules["self_attn"], block._modules["mlp"]) if module is not None]
+        names = [(owner, name) for owner, part in zip(owners, (_ATTENTION, _MLP), strict=True) for name in part]
+        self.watched: list[tuple[dict[str, Any], str, Any]] = [
+            *((owner._modules, name, layer) for (owner, name), layer in zip(names, parts.layers, strict=True)),
+            *((layer.__dict__, "prepared", layer.prepared) for layer in parts.layers),
+            *((norm._parameters, "weight", norm._parameters["weight"]) for norm in norms if norm is not None),
+        ]
+        modules = (*owners, *parts.layers)
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def holds(self) -> bool:
+        """Whether the block still has the parts that this was made from."""
+        for place, name, value in self.watched:
+            if place.get(name) is not value:
+                return False
+        return True
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -210,7 +219,6 @@ class BlockStep:
         self.block = block
         self.proved: bool | None = None
         self.prepared: Prepared | None = None
-        self.parts: Parts | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BlockStep, (self.block,)
@@ -243,9 +251,8 @@ class BlockStep:
             return None
         if self.block.training or torch.compiler.is_compiling() or not self._ready(x.dtype):
             return None
-        assert self.parts is not None
         assert self.prepared is not None
-        attention = self.parts.attention
+        attention = self.prepared.attention
         index = attention.layer_idx
         if attention.config._attn_implementation != "sdpa" or not 0 <= index < len(cache.layers):
             return None
@@ -258,31 +265,17 @@ class BlockStep:
         return layer if plain and layer.values.shape == layer.keys.shape else None
 
     def _ready(self, dtype: torch.dtype) -> bool:
-        """Whether what was prepared is still true, after preparing it anew where it is not."""
-        if self.prepared is not None and self.parts is not None and self.prepared.dtype == dtype:
-            now = self.parts.tensors()
-            same = all(a is b for a, b in zip(now, self.prepared.tensors, strict=True))
-            if same and self._whole():
-                return True
-        self.parts = Parts.of(self.block)
-        if self.parts is None or self.parts.norms[0]._parameters["weight"].dtype not in _FAR:
-            self.proved = False
-            return False
-        self.prepared, self.proved = Prepared(self.parts, dtype), None
-        return self._whole()
-
-    def _whole(self) -> bool:
-        """Whether the block still has these parts, and nobody listens to what passes between them."""
-        assert self.parts is not None
-        attention, mlp = self.block._modules["self_attn"], self.block._modules["mlp"]
-        assert attention is not None
-        assert mlp is not None
-        inside = [attention, mlp]
-        for name, layer in zip((*_ATTENTION, *_MLP), self.parts.layers, strict=True):
-            if (attention if name in _ATTENTION else mlp)._modules[name] is not layer:
+        """Whether what was prepared is still true, after preparing it anew where it is not; and nobody listens to what
+        passes between the parts."""
+        prepared = self.prepared
+        if prepared is None or prepared.dtype != dtype or not prepared.holds():
+            parts = Parts.of(self.block)
+            if parts is None or parts.norms[0]._parameters["weight"].dtype not in _FAR:
+                self.proved = False
                 return False
-            inside.append(layer)
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+            prepared = self.prepared = Prepared(self.block, parts, dtype)
+            self.proved = None
+        return not any(prepared.hooks)
 
     def _prove(self, x: Tensor, layer: DynamicLayer, kwargs: dict[str, Any]) -> Any:
         """The block's own result, and whether the kernel gives the same from the same cache."""

@@ -207,6 +207,10 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         """`forward`, without a gradient."""
         return kernels.choose(self, x)(self, x)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache = self.prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         self._cache = self.prepared = None
         device = self.weight_scale.device
