@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,7 @@ def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[St
     if model.adapter is not None:
         model.adapter.save(ready.output / "adapter")
     contents = model.contents(ready.tokenizer, card=model_card(recipe, stages))
+    contents = replace(contents, runtime=recipe.runtime.model_dump(exclude_defaults=True))
     write_model_folder(ready.output / "model", contents)
     formats = list(recipe.export)
     note = packed_export_note(contents)

@@ -106,6 +106,16 @@ class Benchmark(_Section):
         return [parse_goal(metric, value) for metric, value in self.goals.items()]
 
 
+class Runtime(_Section):
+    """How the compressed model is run. Stored with it: `compress.load` does so unless told otherwise."""
+
+    activations: Literal["float", "int8"] = "float"
+    """What packed weights are multiplied with on the CPU, for few tokens at a time. int8: inputs are rounded, a step
+    for each group; floats serve where the processor has no AVX-512 VNNI."""
+    prepack: bool = False
+    """Plain bfloat16 layers are kept in the order that oneDNN multiplies fastest in, on the CPU."""
+
+
 class Recipe(_Section):
     """What to do to a model. Frozen; paths are absolute, the defaults of `data` and `output` filled in."""
 
@@ -121,7 +131,7 @@ class Recipe(_Section):
     """What is measured; false: nothing (the result is still verified)."""
     export: tuple[str, ...] = ()
     """Formats written besides the folder `model/`."""
-    runtime: dict[str, Any] = Field(default_factory=dict)
+    runtime: Runtime = Field(default_factory=Runtime)
     """How the compressed model is to be run."""
     memory: str | int | None = None
     """Most memory the run may take, as in 8GB; a plan above it is refused."""

@@ -102,6 +102,7 @@ def write_ordinary_files(
         "format": format,
         "history": history,
         "versions": _versions(),
+        **({"runtime": dict(contents.runtime)} if contents.runtime else {}),
         **(about or {}),
     }
     _write_json(folder / HISTORY, about)

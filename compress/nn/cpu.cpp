@@ -10,6 +10,7 @@
 // torch's own threads are used and not a second set of them.
 
 #include "cpu_step.h"
+#include "cpu_tokens.h"
 
 extern "C" {
 
@@ -90,6 +91,36 @@ void compress_expand(const Layer* layer, int64_t first, int64_t last, void* out,
         row_scales(w, row, 1, scales);
         run(w, row, scales, (char*)out + (row - first) * w.columns * size, kind);
         if (scales != few) delete[] scales;
+    }
+}
+
+// x [tokens, columns] of `kind` as codes int8 [tokens, columns] and a scale for each token.
+void compress_round_tokens(const void* x, int64_t tokens, int64_t columns, int8_t* codes, float* scales, int32_t kind,
+                           int32_t threads) {
+    const int64_t size = kind == FLOAT32 ? 4 : 2;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8) if (threads > 1 && tokens > 8)
+    for (int64_t t = 0; t < tokens; t++) {
+        static thread_local std::vector<float> kept;
+        if (int64_t(kept.size()) < columns) kept.resize(columns);
+        const void* from = (const char*)x + t * columns * size;
+        if (kind == FLOAT32)
+            round_token<false>(from, columns, codes + t * columns, scales + t, kept.data());
+        else
+            round_token<true>(from, columns, codes + t * columns, scales + t, kept.data());
+    }
+}
+
+// out [tokens, rows] of `kind` = sums int32 [tokens, rows] times the tokens' scales and the rows', plus a bias or null.
+void compress_scale_sums(const int32_t* sums, int64_t tokens, int64_t rows, const float* by_token, const float* by_row,
+                         const float* bias, void* out, int32_t kind, int32_t threads) {
+    const int64_t size = kind == FLOAT32 ? 4 : 2;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8) if (threads > 1 && tokens > 8)
+    for (int64_t t = 0; t < tokens; t++) {
+        void* to = (char*)out + t * rows * size;
+        if (kind == FLOAT32)
+            scale_token<false>(sums + t * rows, rows, by_token[t], by_row, bias, to);
+        else
+            scale_token<true>(sums + t * rows, rows, by_token[t], by_row, bias, to);
     }
 }
 

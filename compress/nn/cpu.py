@@ -29,6 +29,15 @@ MANY = 24
 #: Bytes of expanded weight at a time: most layers at once, the head of a large vocabulary in parts.
 _EXPANDED_BYTES = 1 << 25
 _kept = threading.local()
+_ADDRESS, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+#: What is called in the library, and with what.
+_FUNCTIONS = {
+    "compress_product": (_ADDRESS, _ADDRESS, _COUNT, _ADDRESS, _INT, _INT, _INT, _INT),
+    "compress_expand": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _INT, _INT, _INT),
+    "compress_step": (_ADDRESS, _ADDRESS),
+    "compress_round_tokens": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _INT, _INT),
+    "compress_scale_sums": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT),
+}
 
 
 class _Layer(ctypes.Structure):
@@ -77,17 +86,10 @@ def library() -> ctypes.CDLL | None:
                 found = ctypes.CDLL(os.fspath(path))
             except OSError:  # built for another system
                 return None
-            found.compress_product.argtypes = (
-                ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
-                ctypes.c_int32, ctypes.c_int32,
-            )  # fmt: skip
-            found.compress_expand.argtypes = (
-                ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
-                ctypes.c_int32,
-            )  # fmt: skip
-            found.compress_step.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+            for name, types in _FUNCTIONS.items():
+                function = getattr(found, name)
+                function.argtypes, function.restype = types, None
             found.compress_int8_serves.argtypes = (ctypes.c_void_p,)
-            found.compress_product.restype = found.compress_expand.restype = found.compress_step.restype = None
             return found if found.compress_level() else None
     return None
 
@@ -181,3 +183,32 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     if kept is None or kept.numel() < size:
         kept = _kept.bytes = torch.empty(size, dtype=torch.uint8)
     return kept[:size].view(dtype)
+
+
+def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [tokens, in] and scales float32 [tokens, 1] of x [tokens, in], float32 or bfloat16 and contiguous.
+
+    They are what `maths/activations.py` makes of it, to the last bit.
+    """
+    found = library()
+    assert found is not None
+    codes, scales = x.new_empty(x.shape, dtype=torch.int8), x.new_empty((len(x), 1), dtype=torch.float32)
+    found.compress_round_tokens(
+        x.data_ptr(), *x.shape, codes.data_ptr(), scales.data_ptr(), _KINDS[x.dtype], torch.get_num_threads()
+    )
+    return codes, scales
+
+
+def scale_sums(sums: Tensor, by_token: Tensor, by_row: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`sums` int32 [tokens, out] times float32 scales of tokens [tokens, 1] and of rows [out, 1], plus a bias.
+
+    Computed in float32, returned in `dtype`.
+    """
+    found = library()
+    assert found is not None
+    out = sums.new_empty(sums.shape, dtype=dtype)
+    found.compress_scale_sums(
+        sums.data_ptr(), *sums.shape, by_token.data_ptr(), by_row.data_ptr(), None if bias is None else bias.data_ptr(),
+        out.data_ptr(), _KINDS[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out

@@ -92,7 +92,8 @@ class Parts:
             return False
         shapes = [(layer.in_features, layer.out_features) for layer in (k, v, o, gate, up, down)]
         inner, kept = gate.out_features, k.out_features
-        wanted = [(hidden, kept), (hidden, kept), (q.out_features, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+        wanted = [(hidden, kept), (hidden, kept), (q.out_features, hidden)]
+        wanted += [(hidden, inner), (hidden, inner), (inner, hidden)]
         norms = all(_is_norm(norm, hidden) for norm in self.norms)
         return shapes == wanted and norms and all(norm is None or _is_norm(norm, size) for norm in self.head_norms)
 
@@ -121,7 +122,8 @@ def _is_norm(module: nn.Module | None, size: int) -> bool:
         found = module(x.view(1, 1, -1)).float().flatten()
     wide = x.float()
     wanted = wide * torch.rsqrt(wide.square().mean() + eps) * weight
-    return bool((found - wanted).abs().max() <= 0.02 * wanted.abs().max() + 1e-6)
+    far: float = (found - wanted).abs().max().item() - 0.02 * wanted.abs().max().item()
+    return far <= 1e-6
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -162,6 +164,7 @@ class Prepared:
         self.watched: list[tuple[dict[str, Any], str, Any]] = [
             *((owner._modules, name, layer) for (owner, name), layer in zip(names, parts.layers, strict=True)),
             *((layer.__dict__, "prepared", layer.prepared) for layer in parts.layers),
+            (parts.layers[0].__dict__, "int8_inputs", parts.layers[0].int8_inputs),
             *((norm._parameters, "weight", norm._parameters["weight"]) for norm in norms if norm is not None),
         ]
         modules = (*owners, *parts.layers)
@@ -169,10 +172,7 @@ class Prepared:
 
     def holds(self) -> bool:
         """Whether the block still has the parts that this was made from."""
-        for place, name, value in self.watched:
-            if place.get(name) is not value:
-                return False
-        return True
+        return not any(place.get(name) is not value for place, name, value in self.watched)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -190,7 +190,7 @@ class Room:
 
     @classmethod
     def beside(cls, layer: DynamicLayer) -> Room:
-        """The room that a cache's layer has with space for one token more; made, or made larger, where there is none."""
+        """The room of a cache's layer, with space for one token more; made, or made larger, where there is none."""
         found: Room | None = getattr(layer, "room", None)
         length = layer.keys.shape[2]
         ours = found is not None and found.seen is layer.keys and found.seen_values is layer.values
@@ -245,11 +245,13 @@ class BlockStep:
     def _cache_of(self, x: Tensor, kwargs: dict[str, Any]) -> DynamicLayer | None:
         """The cache's layer to continue, if this is a call that the kernel can take."""
         cache, positions = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
-        if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions") or not isinstance(positions, tuple):
+        if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
             return None
-        if type(cache) is not DynamicCache or x.dtype not in _FAR or not x.is_cpu or torch.is_grad_enabled() and x.requires_grad:
+        if not isinstance(cache, DynamicCache) or not isinstance(positions, tuple) or x.dtype not in _FAR:
             return None
-        if self.block.training or torch.compiler.is_compiling() or not self._ready(x.dtype):
+        if not x.is_cpu or (torch.is_grad_enabled() and x.requires_grad) or self.block.training:
+            return None
+        if torch.compiler.is_compiling() or not self._ready(x.dtype):
             return None
         assert self.prepared is not None
         attention = self.prepared.attention
@@ -287,7 +289,8 @@ class BlockStep:
             return expected
         layer.keys, layer.values = keys, values
         found = self._run(x, layer, kwargs["position_embeddings"])
-        pairs = ((found, expected), (layer.keys[:, :, -1], after[0][:, :, -1]), (layer.values[:, :, -1], after[1][:, :, -1]))
+        new, wanted = ([pair[0][:, :, -1], pair[1][:, :, -1]] for pair in ((layer.keys, layer.values), after))
+        pairs = ((found, expected), *zip(new, wanted, strict=True))
         far = _INT8_FAR if self.prepared is not None and self.prepared.step.int8 else _FAR[x.dtype]
         self.proved = all(float((a - b).abs().max()) <= far * float(b.abs().max()) for a, b in pairs)
         layer.keys, layer.values = after
@@ -320,7 +323,7 @@ def use_block_steps(model: PreTrainedModel) -> int:
     if cpu.library() is None:
         return 0
     for module in model.modules():
-        if Parts.of(module) is not None:
+        if "forward" not in module.__dict__ and Parts.of(module) is not None:
             module.forward = BlockStep(module)
             count += 1
     return count
