@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import compress
 from compress.cli import main
 from compress.registry import PASSES
+from compress.testing import save_tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -234,6 +235,37 @@ def test_doctor_names_the_machine_and_the_versions(capsys):
     assert code == 0
     assert "torch: 2." in out
     assert "GPU: " in out
+    assert "Packed layers" in out
+    assert "int8" in out
+
+
+def test_doctor_says_what_computes_the_layers_of_a_folder(capsys, tmp_path):
+    folder = save_tiny(tmp_path / "tiny")
+    code, out, _ = call(capsys, "doctor", folder)
+    assert code == 0
+    assert "float32: torch (21 layers" in out
+
+
+def test_generate_refuses_what_is_missing_damaged_or_not_to_be_had_in_a_sentence(
+    capsys, recipe, tmp_path, monkeypatch, unverified
+):
+    from compress.nn import cpu
+
+    assert call(capsys, "run", recipe(), "--quiet", "--set", "benchmark=false")[0] == 0
+    folder = tmp_path / "out"
+    monkeypatch.setattr(cpu, "why_not_int8", lambda layer=None: "this processor lacks AVX-512 VNNI")
+    code, _, err = call(capsys, "generate", folder, "--prompt", "a", "--activations", "int8")
+    assert code == 2
+    assert "this processor lacks AVX-512 VNNI" in err
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = call(capsys, "generate", folder, "--prompt", "a")
+    assert code == 1
+    assert "model.safetensors" in err
+    assert len(err.strip().splitlines()) == 1
+    code, _, err = call(capsys, "generate", tmp_path / "no" / "such" / "folder", "--prompt", "a")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_generate_continues_a_prompt_from_a_packed_folder(capsys, recipe, tmp_path):

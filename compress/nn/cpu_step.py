@@ -107,7 +107,7 @@ def _is_silu(function: Any) -> bool:
         return False
     x = torch.linspace(-4, 4, 33)
     with torch.no_grad():
-        return torch.allclose(function(x), functional.silu(x), atol=1e-6)
+        return bool(torch.allclose(function(x), functional.silu(x), atol=1e-6))
 
 
 def _is_norm(module: nn.Module | None, size: int) -> bool:

@@ -41,7 +41,12 @@ def served(module: nn.Module) -> str | None:
         if module.spec.activations:
             return "int8 products" if module.spec.stored == "int8" else "torch"
         reason = cpu.why_not(module)
-        return "CPU kernel" if reason is None else f"torch, dequantized at each call ({reason})"
+        if reason is not None:
+            return f"torch, dequantized at each call (not the CPU kernel: {reason})"
+        if not module.int8_inputs:
+            return "CPU kernel, float activations"
+        reason = cpu.why_not_int8(module)
+        return "CPU kernel, int8 activations" if reason is None else f"CPU kernel, float activations ({reason})"
     if isinstance(module, prepacked.PrepackedLinear):
         return "oneDNN, prepacked"
     return "torch" if isinstance(module, nn.Linear) else None
