@@ -56,21 +56,21 @@ def _kernels() -> list[str]:
     found = cpu.library()
     if found is None:
         lines = [
-            "Packed layers: torch, which dequantizes each layer as it is called. The CPU kernel does not serve: it was not "
-            "built (it takes a C++ compiler when compress is installed), or this processor lacks AVX2."
+            "Packed layers: torch, which dequantizes each layer as it is called. The CPU kernel does not serve: it was "
+            "not built (it takes a C++ compiler when compress is installed), or this processor lacks AVX2."
         ]
     else:
         level = cpu.LEVELS[found.compress_level()]
         lines = [
-            f"Packed layers of 2, 3, 4 and 8 bits: the CPU kernel ({level}, float activations), where columns and groups "
-            f"are multiples of {cpu.STEP}; blocks built as Llama's take a single token in one call. Other groups: torch, "
-            "which dequantizes each layer as it is called."
+            f"Packed layers of 2, 3, 4 and 8 bits: the CPU kernel ({level}, float activations), where columns and "
+            f"groups are multiples of {cpu.STEP}; blocks built as Llama's take a single token in one call. Other "
+            "groups: torch, which dequantizes each layer as it is called."
         ]
     no_int8, no_order = cpu.why_not_int8(), prepacked.why_not()
     if no_int8 is None:
         lines.append(
-            "With activations: int8, AVX-512 VNNI serves 4 bits in groups of a multiple of 64, 8 bits of 32, and 2 bits "
-            "of 128; smaller groups and 3 bits stay with float activations."
+            "With activations: int8, AVX-512 VNNI serves 4 bits in groups of a multiple of 64, 8 bits of 32, and 2 "
+            "bits of 128; smaller groups and 3 bits stay with float activations."
         )
     else:
         lines.append(f"activations: int8 cannot be had: {no_int8}. Float activations serve.")

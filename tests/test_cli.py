@@ -243,7 +243,7 @@ def test_doctor_says_what_computes_the_layers_of_a_folder(capsys, tmp_path):
     folder = save_tiny(tmp_path / "tiny")
     code, out, _ = call(capsys, "doctor", folder)
     assert code == 0
-    assert "float32: torch (21 layers" in out
+    assert "float32: torch (22 layers" in out
 
 
 def test_generate_refuses_what_is_missing_damaged_or_not_to_be_had_in_a_sentence(
