@@ -118,7 +118,13 @@ struct Own {  // what a thread keeps from call to call
     std::vector<float> floats;
 };
 
-// Rows of up to three layers with one input x, shared out among the threads of the team; ends with a barrier.
+void add(const float* bias, int64_t first, int64_t last, float* to) {
+    if (bias)
+        for (int64_t r = first; r < last; r++) to[r] += bias[r];
+}
+
+// Rows of up to three layers with one input x, shared out among the threads of the team. No barrier: a thread that is
+// done goes on.
 void multiply_layers(const Layer* const* layers, const float* const* biases, int count, const float* x, How how, Own& own,
                      float* const* outs) {
     const Input* ready[3];
@@ -131,7 +137,7 @@ void multiply_layers(const Layer* const* layers, const float* const* biases, int
         const int64_t rows = chunk_rows(*layers[i]);
         chunks[i] = (layers[i]->rows + rows - 1) / rows, all += chunks[i];
     }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t chunk = 0; chunk < all; chunk++) {
         int i = 0;
         int64_t at = chunk;
@@ -139,8 +145,24 @@ void multiply_layers(const Layer* const* layers, const float* const* biases, int
         const int64_t rows = chunk_rows(*layers[i]), first = at * rows;
         const int64_t last = first + rows < layers[i]->rows ? first + rows : layers[i]->rows;
         multiply_rows(*layers[i], *ready[i], first, last, how, outs[i]);
-        if (biases[i])
-            for (int64_t r = first; r < last; r++) outs[i][r] += biases[i][r];
+        add(biases[i], first, last, outs[i]);
+    }
+}
+
+// silu(gate x) * (up x) over gate: the same rows of both at a time, so that nobody has to wait in between.
+void multiply_gated(const Block& b, const float* x, How how, Own& own, float* gate, float* up) {
+    const Layer &g = *b.layers[GATE], &u = *b.layers[UP];
+    prepare(g, x, 1, how, own.inputs[0]);
+    const bool same = same_input(g, u);
+    if (!same) prepare(u, x, 1, how, own.inputs[1]);
+    const int64_t half = chunk_rows(g) / 2 / ROWS * ROWS, chunks = (g.rows + half - 1) / half;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t first = chunk * half, last = first + half < g.rows ? first + half : g.rows;
+        multiply_rows(g, own.inputs[0], first, last, how, gate);
+        multiply_rows(u, own.inputs[same ? 0 : 1], first, last, how, up);
+        add(b.biases[GATE], first, last, gate), add(b.biases[UP], first, last, up);
+        gate_times_up(gate + first, up + first, last - first);
     }
 }
 
@@ -158,6 +180,7 @@ STEP_TARGET void step_share(const Block& b, const Step& s, How how, float* share
     rms_norm(x, b.norm_in, hidden, b.eps_in, normed);
     float* const three[] = {q, k, v};
     multiply_layers(b.layers + Q, b.biases + Q, 3, normed, how, own, three);
+#pragma omp barrier
 
     to_floats(s.cosine, size, s.kind, cosine), to_floats(s.sine, size, s.kind, sine);
     const int64_t group = b.heads / b.kept_heads;
@@ -174,16 +197,16 @@ STEP_TARGET void step_share(const Block& b, const Step& s, How how, float* share
     }
     float* const one[] = {o};
     multiply_layers(b.layers + O, b.biases + O, 1, attended, how, own, one);
+#pragma omp barrier
 
     for (int64_t i = 0; i < hidden; i++) x[i] += o[i];
     rms_norm(x, b.norm_after, hidden, b.eps_after, normed);
-    float* const two[] = {gate, up};
-    multiply_layers(b.layers + GATE, b.biases + GATE, 2, normed, how, own, two);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < inner; i += 256) gate_times_up(gate + i, up + i, inner - i < 256 ? inner - i : 256);
+    multiply_gated(b, normed, how, own, gate, up);
+#pragma omp barrier
     float* const last[] = {down};
     multiply_layers(b.layers + DOWN, b.biases + DOWN, 1, gate, how, own, last);
-#pragma omp for schedule(static)
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < hidden; i++) put(s.out, i, x[i] + down[i], s.kind);
 }
 
