@@ -18,10 +18,12 @@ pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the kernel is not
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 1024}
 
 
-def pair(family: str = "llama", dtype: torch.dtype = torch.float32, bits: int = 4, **shape: object):
+def pair(
+    family: str = "llama", dtype: torch.dtype = torch.float32, bits: int = 4, group: int = 32, **shape: object
+):  # fmt: skip
     """The same packed model twice: without and with steps."""
     model = tiny_model(family, **{**SHAPE, **shape}).to(dtype)
-    compress.RTN(bits=bits, group_size=32)(model)
+    compress.RTN(bits=bits, group_size=group)(model)
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
             layer.exact = False
@@ -75,6 +77,26 @@ def test_layers_of_other_bits_and_of_several_in_one_block_are_served(bits: int) 
     assert use_block_steps(mixed) == 2
     assert off(written(mixed), expected) < 1e-5
     assert all(step.proved for step in steps(mixed))
+
+
+@pytest.mark.skipif(cpu.why_not_int8() is not None, reason="no AVX-512 VNNI")
+def test_inputs_in_int8_are_rounded_in_a_step_as_layer_by_layer() -> None:
+    plain, stepping, _ = pair(group=64, hidden_size=128, intermediate_size=192)
+    floats = written(plain)
+    for model in (plain, stepping):
+        for layer in model.modules():
+            if isinstance(layer, QuantLinear):
+                layer.int8_inputs = True
+    found, expected = written(stepping), written(plain)
+    assert all(step.proved and step.prepared.step.int8 for step in steps(stepping))
+    assert off(found, expected) < 2e-3 < off(found, floats) < 0.05
+
+
+def test_with_avx2_alone_a_step_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, stepping, _ = pair(hidden_size=128, intermediate_size=192)
+    monkeypatch.setattr(cpu, "LEVELS", {1: "AVX2"})
+    assert off(written(stepping), written(plain)) < 1e-5
+    assert all(step.proved and step.prepared.step.at_most == 1 for step in steps(stepping))
 
 
 def test_biases_are_added() -> None:
