@@ -86,6 +86,8 @@ def library() -> ctypes.CDLL | None:
                 found = ctypes.CDLL(os.fspath(path))
             except OSError:  # built for another system
                 return None
+            if not all(hasattr(found, name) for name in _FUNCTIONS):  # built from sources before these
+                return None
             for name, types in _FUNCTIONS.items():
                 function = getattr(found, name)
                 function.argtypes, function.restype = types, None
