@@ -24,6 +24,10 @@ class Engine(ABC):
         """float32 `[len(ids), vocabulary]`: after each token, what comes next. None where the engine does not tell.
         The cache is empty before and afterwards."""
 
+    def tokens(self, text: str, special: bool = False) -> list[int] | None:
+        """The text's token ids, with those that stand at its ends if `special`; None without a tokenizer."""
+        return None
+
     @abstractmethod
     def prefill(self, ids: Sequence[Sequence[int]]) -> None:
         """Empties the cache and reads the prompts, one a row and all of one length, up to the last one's logits."""
