@@ -146,7 +146,7 @@ class _Walkthrough:
         """Bytes of the weights' files of a folder in this format (None: that of `model/`)."""
         contents = self.shape.contents()
         adapter = checkpoint_bytes(self.shape.adapter) if self.shape.adapter and format is None else 0
-        return checkpoint_bytes(_named(format or default_format(contents)).stored(contents)) + adapter
+        return _named(format or default_format(contents)).file_bytes(contents) + adapter
 
     def _fitted(self, pass_: Pass) -> Pass:
         """The pass with options for which it fits the recipe's `memory`, where it has a choice."""
@@ -203,7 +203,7 @@ class _Walkthrough:
         if note and "packed" not in formats:
             formats.append("packed")
         for name in formats:
-            reason = _named(name).refuses(contents.dtype, contents.kinds, contents.quantization)
+            reason = _named(name).refusal(contents)
             if reason:
                 raise StartError(f"{'model/' if name == own else 'export'}: {reason}")
         written = sum(self._folder_bytes(name) for name in formats)

@@ -28,6 +28,7 @@ from compress.measure.measurements import BenchmarkJob
 from compress.opening import read_config, read_tokenizer, refuse_quantized
 from compress.planning import Plan, plan, refuse
 from compress.recipe import ROLES, Data, Recipe, Role
+from compress.registry import FORMATS
 from compress.workspace import Workspace, fingerprint_folder
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
     tokenizer = read_processor(folder, needed=False) if reads_images(config) else read_tokenizer(folder)
     for step in recipe.passes:
         step.check_tokenizer(tokenizer)
+    for name in recipe.export:
+        if reason := FORMATS.get(name)().refuses_tokenizer(tokenizer, config):
+            raise StartError(f"export: {reason}")
     texts = _texts(recipe, tokenizer, config, folder)
     calibration, evaluation, training = (texts.get(role) for role in ROLES)
     fingerprints = {"model": fingerprint_folder(folder)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import TensorSpec
+from compress.checkpoint import TensorSpec, checkpoint_bytes
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -85,6 +85,9 @@ class Format(ABC):
     """A way to store a model that others read. Stateless; registered by name in `registry.FORMATS`."""
 
     name: ClassVar[str]
+    #: The name in `registry.RUNTIMES` of what reads this format, where that is not transformers. A run that exports it
+    #: loads it so in a fresh process and compares, before it counts as done.
+    runtime: ClassVar[str | None] = None
 
     @abstractmethod
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
@@ -93,9 +96,33 @@ class Format(ABC):
         `dtype` is the model's, `kinds` what `layer_kinds` says, `specs` the quantized layers by name.
         """
 
+    def refuses_model(self, contents: Contents) -> str | None:
+        """One sentence on why this architecture or these shapes cannot be held, or on what is not installed; or None.
+
+        Needs no weights, and no tokenizer.
+        """
+        return None
+
+    def refuses_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> str | None:
+        """One sentence on why this tokenizer cannot be held beside a model of this config, or None."""
+        return None
+
+    def refusal(self, contents: Contents) -> str | None:
+        """Why the contents cannot be held, all but their tokenizer looked at; or None."""
+        return self.refuses(contents.dtype, contents.kinds, contents.quantization) or self.refuses_model(contents)
+
     def stored(self, contents: Contents) -> Sequence[TensorSpec]:
         """The tensors that `write` stores. None is read, so the contents may be a model without weights."""
         return contents.tensors
+
+    def file_bytes(self, contents: Contents) -> int:
+        """Bytes of the weights' files that `write` makes. None is read."""
+        return checkpoint_bytes(self.stored(contents))
+
+    def allowed_difference(self, contents: Contents) -> float:
+        """The most by which log-likelihoods (nats a token, in the mean) may differ when `runtime` runs what was
+        written, by the arithmetic of that runtime."""
+        return 1e-3
 
     @abstractmethod
     def write(self, folder: Path, contents: Contents) -> None:

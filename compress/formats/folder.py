@@ -31,7 +31,7 @@ def write_model_folder(folder: str | os.PathLike[str], contents: Contents, forma
     """
     folder = Path(folder)
     form = format if isinstance(format, Format) else _named(format or default_format(contents))
-    reason = form.refuses(contents.dtype, contents.kinds, contents.quantization)
+    reason = form.refusal(contents)
     if reason:
         raise StartError(f"{folder}: {reason}")
     partial = folder.with_name(folder.name + ".partial")

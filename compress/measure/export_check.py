@@ -1,0 +1,166 @@
+"""Proof that an export is the model that was in memory, by the engine that it was written for.
+
+`python -m compress.measure.export_check JOB.json` is the fresh process: it opens the export with the runtime and writes
+the logits of the probe's tokens, and how the engine cuts the probe's texts into tokens. `verify_export` starts it and
+compares.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+from compress.measure.jobs import run_child
+from compress.registry import FORMATS, RUNTIMES
+from compress.reports.report import Export
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from compress.formats.base import Contents
+
+#: What every tokenizer has to cut as the original does: words, digits, runs of blanks, quotes, letters of other kinds.
+PROBE_TEXT = (
+    "The 3 boys' 1,024 (or 65536?) stones weren't ALL there... I'LL see: \"x = y_2 + 3.14;\"\n\n  two blanks,\ttab\n"
+    "    return naïve_Café(ß); Привет, мир! 你好 12345 ok 😀 e-mail@example.org\n"
+)
+
+
+def unverified(name: str, folder: Path, contents: Contents) -> list[Export]:
+    """The entry of an export that was just written, if its format has a runtime of its own to check it."""
+    form = FORMATS.get(name)()
+    if form.runtime is None:
+        return []
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    allowed = form.allowed_difference(contents)
+    return [Export(format=name, path=f"exports/{name}", bytes=size, by=form.runtime, allowed=allowed)]
+
+
+def verify_export(
+    output: Path,
+    export: Export,
+    ids: Tensor,
+    logits: Tensor,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    workdir: Path,
+    threads: int = 1,
+) -> Export:
+    """The entry with what its engine gave. `ids`: int64 [n, length]; `logits` [n, length, vocabulary], any float dtype,
+    of the model in memory.
+
+    CompressError where the engine cannot open it, or its log-likelihoods or its tokens are not the model's.
+    """
+    folder = output / export.path
+    texts = [] if tokenizer is None else [PROBE_TEXT, *tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    found, tokens = engine_output(folder, export.by, ids, texts, workdir, threads=threads)
+    if found.shape != logits.shape:
+        raise CompressError(
+            f"{folder} was reloaded by {export.by} and is another model: its output has shape {tuple(found.shape)}, "
+            f"the model in memory gave {tuple(logits.shape)}. The export is not verified."
+        )
+    divergence, difference = likelihood_differences(logits, found, ids)
+    if not max(divergence, difference) <= export.allowed:
+        raise CompressError(
+            f"{folder} was reloaded by {export.by} and differs from the model in memory: KL {divergence:.3g} and "
+            f"{difference:.3g} nats a token, {export.allowed:g} is allowed. The export is not verified."
+        )
+    same = None
+    if tokenizer is not None and tokens is not None:
+        same = _same_tokens(folder, export.by, tokenizer, texts, tokens)
+    return export.model_copy(
+        update={
+            "reloaded": True,
+            "kl_divergence": divergence,
+            "mean_logprob_difference": difference,
+            "same_tokens": same,
+        }
+    )
+
+
+def likelihood_differences(logits: Tensor, found: Tensor, ids: Tensor) -> tuple[float, float]:
+    """Mean KL divergence (logits || found) over all positions, and the mean difference, without sign, of the text's
+    next tokens' log-likelihoods; nats. Logits [n, length, vocabulary], ids int64 [n, length]."""
+    ours, theirs = (each.double().log_softmax(-1) for each in (logits.cpu(), found))
+    divergence = (ours.exp() * (ours - theirs)).sum(-1).mean()
+    following = ids[:, 1:, None].cpu()
+    difference = (ours - theirs)[:, :-1].gather(2, following).abs().mean() if following.numel() else divergence
+    return float(divergence), float(difference)
+
+
+def _same_tokens(
+    folder: Path, engine: str, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: list[list[list[int]]]
+) -> bool:
+    for text, found in zip(texts, tokens, strict=True):
+        for special, given in zip((False, True), found, strict=True):
+            wanted = tokenizer(text, add_special_tokens=special)["input_ids"]
+            if wanted != given:
+                place = next((i for i, (a, b) in enumerate(zip(wanted, given, strict=False)) if a != b), len(wanted))
+                raise CompressError(
+                    f"{folder}: {engine} cuts a text into other tokens than the model's tokenizer, the first at place "
+                    f"{place}: {given[place : place + 3]} instead of {wanted[place : place + 3]}. The export is not "
+                    "verified."
+                )
+    return True
+
+
+def engine_output(
+    folder: Path, runtime: str, ids: Tensor, texts: Sequence[str], workdir: Path, *, threads: int = 1
+) -> tuple[Tensor, list[list[list[int]]] | None]:
+    """Float32 logits [n, length, vocabulary] of an export in a fresh process, and each text's tokens: without and with
+    special ones (None where the engine has no tokenizer)."""
+    from safetensors.torch import load_file, save_file
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="export-", dir=workdir))
+    try:
+        save_file({"ids": ids.contiguous()}, work / "ids.safetensors")
+        job = {"folder": str(folder), "runtime": runtime, "texts": list(texts), "threads": threads, "out": str(work)}
+        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        command = [sys.executable, "-m", "compress.measure.export_check", str(work / "job.json")]
+        run_child(command, what=f"loading {folder} by {runtime}", threads=threads, out=work)
+        values = json.loads((work / "result.json").read_text(encoding="utf-8"))
+        return load_file(work / "output.safetensors")["output"].clone(), values["tokens"]
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def main(job_file: str) -> int:
+    """Does the job; returns the exit status. What goes wrong comes back as a sentence in `result.json`."""
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    out = Path(job["out"])
+    try:
+        values: dict[str, Any] = _opened(job, out)
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        values = {"error": f"{job['folder']} cannot be run by {job['runtime']}: {text[:500]}"}
+    (out / "result.json").write_text(json.dumps(values), encoding="utf-8")
+    return int("error" in values)
+
+
+def _opened(job: dict[str, Any], out: Path) -> dict[str, Any]:
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    engine = RUNTIMES.get(job["runtime"])().open(Path(job["folder"]), threads=job["threads"], device="cpu")
+    try:
+        rows = [engine.logits(row.tolist()) for row in load_file(out / "ids.safetensors")["ids"]]
+        tokens = [[engine.tokens(text, special=special) for special in (False, True)] for text in job["texts"]]
+    finally:
+        engine.close()
+    if any(row is None for row in rows):
+        raise CompressError("its engine tells no logits, so nothing can be compared")
+    save_file({"output": torch.from_numpy(np.stack(rows))}, out / "output.safetensors")
+    return {"tokens": None if any(None in pair for pair in tokens) else tokens}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
