@@ -1,164 +1,187 @@
-"""ONNX, as ONNX Runtime GenAI opens it: a graph, the weights beside it, the tokenizer and genai_config.json."""
+"""ONNX, as ONNX Runtime GenAI opens it: a graph, the weights beside it, the tokenizer and genai_config.json.
+
+The folder holds no config.json, so that nothing takes it for a model of transformers.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
 
 from compress.checkpoint import TensorSpec, atomic_write_text
+from compress.errors import StartError
 from compress.formats.base import Contents, Format, foreign
-from compress.maths import packing
+from compress.formats.folder import write_record, write_tokenizer
+from compress.formats.onnx_blocks import ACCURACY_LEVEL, blocks, held_shape, packed_zeros, refuses_grid, repeated
 from compress.maths.grid import QuantSpec
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
     from compress.formats.onnx_graph import Decoder
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
-#: Weights start at multiples of it, so that they can be mapped.
-ALIGNMENT = 4096
-#: Most tokens that GenAI makes room for where nobody says how many.
+PACKAGES = ("onnx", "onnxruntime", "onnxruntime_genai")
+MISSING = "onnx, onnxruntime and onnxruntime-genai write and run it: pip install 'compress[onnx]'."
+#: Large weights start at pages, so that they can be mapped; others where a vector register would like them to.
+LARGE, PAGE, VECTOR = 1 << 20, 4096, 64
+#: Most tokens that GenAI makes room for where nobody says how many: it does so before the first one.
 MAX_LENGTH = 4096
+#: A node or a value in the graph takes about so many bytes; a block of the model has about 25 of them.
+BLOCK_BYTES = 6000
 
 
 class Onnx(Format):
     """Our codes and scales in `MatMulNBits` of 4 or 8 bits; float32 for the rest."""
 
     name = "onnx"
+    runtime: ClassVar[str | None] = "onnxruntime"
 
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
-        from compress.formats.onnx_graph import refuses_grid
+        if reason := foreign(self.name, specs):
+            return reason
+        return next((reason for name, spec in specs.items() if (reason := refuses_grid(spec, name))), None)
 
-        reasons = (refuses_grid(spec, name) for name, spec in specs.items())
-        return foreign(self.name, specs) or next((reason for reason in reasons if reason), None)
+    def refuses_model(self, contents: Contents) -> str | None:
+        if any(find_spec(package) is None for package in PACKAGES):
+            return f"onnx cannot be written here: {MISSING}"
+        from compress.formats.onnx_graph import refuses_decoder
+
+        return refuses_decoder(contents.config, contents.architecture)
+
+    def refuses_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> str | None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if tokenizer is None or backend is None:
+            return None if tokenizer is None else "onnx needs a tokenizer with a tokenizer.json, and this has none."
+        kind = type(backend.model).__name__
+        if kind == "WordLevel":
+            return f"ONNX Runtime GenAI reads tokenizers of the kinds BPE and Unigram, and the model's is {kind}."
+        return None
+
+    def allowed_difference(self, contents: Contents) -> float:
+        return 0.1 if contents.quantization else 1e-3
+
+    def stored(self, contents: Contents) -> Sequence[TensorSpec]:
+        shapes = {spec.name: held_shape(spec, contents) for spec in contents.tensors}
+        held = [TensorSpec(name, *shape) for name, shape in shapes.items() if shape is not None]
+        return [*held, *_decoder(contents).table_specs()]
+
+    def file_bytes(self, contents: Contents) -> int:
+        end = 0
+        for spec in self.stored(contents):
+            end = _aligned(end, _bytes(spec)) + _bytes(spec)
+        return end + BLOCK_BYTES * int(contents.config.num_hidden_layers)
 
     def write(self, folder: Path, contents: Contents) -> None:
         import onnx
 
-        from compress.formats.onnx_graph import Decoder, Settings, external
-
-        decoder = Decoder(contents.skeleton, contents.quantization, Settings(int(os.environ.get("ACC", "1"))))
+        decoder = _decoder(contents)
         model = decoder.build()
         with open(folder / DATA, "wb") as file:
-
-            def place(name: str, array: Any) -> None:
-                file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
-                start = file.tell()
-                array.tofile(file)
-                kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-                external(model.graph, name, kind, array.shape, (DATA, start, array.nbytes))
-
             for spec in contents.tensors:
-                tensor = held(spec.name, contents, decoder)
-                if tensor is not None:
-                    place(spec.name, tensor.contiguous().numpy())
+                if held_shape(spec, contents) is not None:
+                    tensor = _held(spec.name, contents.read(spec.name), contents, decoder.norm_offset)
+                    decoder.place(model.graph, spec.name, tensor, (DATA, *_append(file, tensor)))
             for name, table in decoder.rotary.items():
-                place(name, table.numpy())
+                decoder.place(model.graph, name, table, (DATA, *_append(file, table)))
         onnx.save_model(model, folder / MODEL)
-        config = genai_config(contents, decoder)
-        atomic_write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        if contents.tokenizer is not None:
-            contents.tokenizer.save_pretrained(str(folder))
-
-
-def held(name: str, contents: Contents, decoder: Decoder) -> Tensor | None:
-    """A tensor of the model as the graph takes it; None where it takes none of it."""
-    from compress.formats.onnx_graph import block_size
-
-    layer, _, last = name.rpartition(".")
-    spec = contents.quantization.get(layer)
-    if last == "weight_shape":
-        return None
-    tensor = contents.read(name)
-    if spec is None or last == "bias":
-        norm = last == "weight" and tensor.dim() == 1
-        return tensor.float() + decoder.offset if norm else tensor.float()
-    rows, columns = contents.skeleton.get_submodule(layer).weight.shape
-    if last in ("weight_packed", "weight"):
-        return blocks(tensor, spec, columns)
-    if last == "weight_scale":
-        return repeated(tensor.float(), spec, columns)
-    zero = repeated(packing.unpack_rows(tensor, spec.bits, rows), spec, columns)
-    return packed_bytes(zero, spec.bits)
-
-
-def blocks(stored: Tensor, spec: QuantSpec, columns: int) -> Tensor:
-    from compress.formats.onnx_graph import block_size
-
-    size = block_size(spec)
-    count = -(-columns // size)
-    unsigned = stored.view(torch.uint8) if spec.stored == "packed" else (stored.to(torch.int16) + 128).to(torch.uint8)
-    width = count * size * spec.bits // 8
-    if unsigned.shape[1] < width:
-        unsigned = torch.nn.functional.pad(unsigned, (0, width - unsigned.shape[1]))
-    return unsigned[:, :width].reshape(len(unsigned), count, size * spec.bits // 8)
-
-
-def repeated(groups: Tensor, spec: QuantSpec, columns: int) -> Tensor:
-    from compress.formats.onnx_graph import block_size
-
-    size = block_size(spec)
-    each = -(-columns // size) if spec.group_size == -1 else spec.group_size // size
-    return groups.repeat_interleave(each, dim=1)
-
-
-def packed_bytes(codes: Tensor, bits: int) -> Tensor:
-    """int8 [rows, n] -> uint8 [rows, ceil(n * bits / 8)]."""
-    width = -(-codes.shape[1] * bits // 8)
-    return packing.pack(codes.contiguous(), bits).view(torch.uint8)[:, :width]
+        atomic_write_text(folder / CONFIG, json.dumps(genai_config(contents, decoder), indent=2) + "\n")
+        write_tokenizer(folder, contents)
+        write_record(folder, contents, self.name)
 
 
 def genai_config(contents: Contents, decoder: Decoder) -> dict[str, Any]:
-    from compress.formats.onnx_graph import FAMILIES
-
-    config = contents.config
-    generation = contents.generation_config
-    tokens = {}
+    """What ONNX Runtime GenAI is told of the model."""
+    config, generation = contents.config, contents.generation_config
+    tokens: dict[str, Any] = {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(generation, key, None) if generation is not None else None
-        tokens[key] = getattr(config, key, None) if value is None else value
-    end = tokens["eos_token_id"]
-    first = end[0] if isinstance(end, list) and end else end
-    tokens["pad_token_id"] = first if tokens["pad_token_id"] is None else tokens["pad_token_id"]
-    names = {
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            **({} if decoder.fused_rotary else {"position_ids": "position_ids"}),
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
-    }
+        value = getattr(generation, key, None)
+        value = getattr(config, key, None) if value is None else value
+        if value is not None:
+            tokens[key] = value
+    end = tokens.get("eos_token_id", 0)
+    tokens.setdefault("pad_token_id", end[0] if isinstance(end, list) else end)
+    search = {"do_sample": False, "max_length": min(decoder.context, MAX_LENGTH), "past_present_share_buffer": True}
+    for key in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"):
+        if (value := getattr(generation, key, None)) is not None:
+            search[key] = value
+    places = {} if decoder.fused_rotary else {"position_ids": "position_ids"}
     return {
         "model": {
-            **{key: value for key, value in tokens.items() if value is not None},
+            **tokens,
             "context_length": decoder.context,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": MODEL,
                 "head_size": decoder.head_size,
                 "hidden_size": int(config.hidden_size),
-                **names,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    **places,
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
                 "num_attention_heads": decoder.heads,
                 "num_hidden_layers": decoder.layers,
                 "num_key_value_heads": decoder.kv_heads,
             },
-            "type": FAMILIES[config.model_type],
+            "type": config.model_type,
             "vocab_size": int(config.vocab_size),
         },
-        "search": {
-            "do_sample": bool(getattr(generation, "do_sample", False)),
-            "max_length": min(decoder.context, MAX_LENGTH),
-            "past_present_share_buffer": True,
-        },
+        "search": search,
     }
+
+
+def _decoder(contents: Contents) -> Decoder:
+    if find_spec("onnx") is None:
+        raise StartError(f"onnx cannot be written here: {MISSING}")
+    from compress.formats.onnx_graph import Decoder
+
+    return Decoder(contents.skeleton, contents.quantization, ACCURACY_LEVEL)
+
+
+def _held(name: str, tensor: Tensor, contents: Contents, norm_offset: float) -> Tensor:
+    """A tensor of the model as the graph takes it."""
+    layer, _, last = name.rpartition(".")
+    spec = contents.quantization.get(layer)
+    if spec is None or last == "bias":
+        norm = last == "weight" and tensor.dim() == 1
+        return (tensor.float() + norm_offset if norm else tensor.float()).contiguous()
+    rows, columns = contents.skeleton.get_submodule(layer).weight.shape
+    if last in ("weight_packed", "weight"):
+        return blocks(tensor, spec, columns)
+    if last == "weight_scale":
+        return repeated(tensor.float(), spec, columns)
+    return packed_zeros(tensor, spec, rows, columns)
+
+
+def _append(file: BinaryIO, tensor: Tensor) -> tuple[int, int]:
+    """Writes a tensor's bytes at the file's end, or a little after it; (first byte, bytes)."""
+    size = tensor.numel() * tensor.element_size()
+    start = _aligned(file.tell(), size)
+    file.seek(start)
+    tensor.numpy().tofile(file)
+    return start, size
+
+
+def _aligned(end: int, size: int) -> int:
+    """The first place from `end` on for a tensor of so many bytes."""
+    step = PAGE if size >= LARGE else VECTOR
+    return -(-end // step) * step
+
+
+def _bytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * int(spec.dtype.itemsize)

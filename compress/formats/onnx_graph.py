@@ -11,7 +11,6 @@ the file beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,9 @@ from onnx import GraphProto, ModelProto, TensorProto, helper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compress.checkpoint import TensorSpec
 from compress.ends import find_ends
+from compress.formats.onnx_blocks import block_count, block_size, codes_name
 from compress.maths.grid import QuantSpec
 
 if TYPE_CHECKING:
@@ -27,49 +28,35 @@ if TYPE_CHECKING:
 
 MICROSOFT = "com.microsoft"
 OPSET, MICROSOFT_OPSET, IR_VERSION = 21, 1, 10
-#: `model_type` of transformers -> what ONNX Runtime GenAI calls a model that it runs alike.
-FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3_text"}
+#: Architectures whose blocks are those below, by their `model_type`.
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 #: Kinds of rotary tables that do not change with the length of the text.
 ROTATIONS = ("default", "linear", "llama3", "yarn")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
-#: Weights in a block of `MatMulNBits`: powers of two.
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128
 
 
-def refuses_decoder(config: PretrainedConfig) -> str | None:
+def refuses_decoder(config: PretrainedConfig, architecture: str) -> str | None:
     """One sentence on why the graph cannot be made for a model of this config, or None."""
-    if config.model_type not in FAMILIES:
-        return f"onnx is written for {', '.join(FAMILIES)}, and this is a {config.model_type}."
-    kinds = sorted({str(part.get("rope_type", "default")) for part in _rotations(config).values()} - {*ROTATIONS})
-    if kinds:
-        return f"onnx holds rotary positions of the kinds {', '.join(ROTATIONS)}, and the model's are {kinds[0]}."
-    act = _activation(config)
-    if act not in ACTIVATIONS:
+    if FAMILIES.get(config.model_type) != architecture:
+        return f"onnx is written for {', '.join(FAMILIES.values())}, and the model is a {architecture}."
+    for rotation in _rotations(config).values():
+        kind, part = rotation.get("rope_type", "default"), rotation.get("partial_rotary_factor", 1.0)
+        if kind not in ROTATIONS:
+            return f"onnx holds rotary positions of the kinds {', '.join(ROTATIONS)}, and the model's are {kind}."
+        if part != 1.0:
+            return f"onnx holds rotary positions of whole heads, and the model's are of the part {part:g}."
+    if (act := _activation(config)) not in ACTIVATIONS:
         return f"onnx holds MLPs with {', '.join(ACTIVATIONS)}, and the model's have {act}."
-    if any(part.get("partial_rotary_factor", 1.0) != 1.0 for part in _rotations(config).values()):
-        return "onnx holds rotary positions that turn whole heads, and the model's turn a part."
+    odd = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+    if found := [key for key in odd if getattr(config, key, None)]:
+        return f"onnx does not hold what {found[0]} in the model's config asks for."
     return None
-
-
-def refuses_grid(spec: QuantSpec, name: str) -> str | None:
-    """One sentence on why a layer with this grid cannot be held packed, or None."""
-    held = "4 or 8 bits, with groups of a multiple of 16 columns or one scale a row (group_size: -1)"
-    if spec.activations:
-        return f"onnx holds rounded weights, and the inputs of {name} are rounded as well."
-    if spec.stored == "float8" or spec.bits not in (4, 8):
-        said = "float8" if spec.stored == "float8" else f"{spec.bits} bits"
-        return f"onnx holds layers of {held}, and {name} has {said}."
-    if spec.group_size != -1 and spec.group_size % SMALLEST_BLOCK:
-        return f"onnx holds layers of {held}, and {name} has groups of {spec.group_size}."
-    return None
-
-
-def block_size(spec: QuantSpec) -> int:
-    """Columns in a block of `MatMulNBits`: the largest power of two that a group is made of. A group's scale is
-    repeated for each of its blocks, which changes no number."""
-    if spec.group_size == -1:
-        return LARGEST_BLOCK
-    return min(LARGEST_BLOCK, spec.group_size & -spec.group_size)
 
 
 def _rotations(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
@@ -84,22 +71,14 @@ def _activation(config: PretrainedConfig) -> str:
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the graph computes. `accuracy_level` is `MatMulNBits`' own: 4 rounds each layer's inputs to 8 bits, block by
-    block, and multiplies whole numbers; 1 multiplies float32."""
-
-    accuracy_level: int = 1
-
-
 class Decoder:
     """The graph of `model` (on the meta device) with the layers in `grids` packed. `build` gives it without weights.
 
     `rotary`: after `build`, cos and sin tables float32 [context, head_size / 2] by their names in the graph.
     """
 
-    def __init__(self, model: PreTrainedModel, grids: Mapping[str, QuantSpec], settings: Settings):
-        self.model, self.grids, self.settings = model, grids, settings
+    def __init__(self, model: PreTrainedModel, grids: Mapping[str, QuantSpec], accuracy_level: int):
+        self.model, self.grids, self.accuracy_level = model, grids, accuracy_level
         self.config = model.config
         self.ends = find_ends(model)
         self.heads = int(self.config.num_attention_heads)
@@ -109,7 +88,8 @@ class Decoder:
         self.context = int(self.config.max_position_embeddings)
         #: The attention itself rotates only heads of such sizes; before others there is an operator for it.
         self.fused_rotary = self.head_size % 16 == 0
-        self.offset = 1.0 if self.config.model_type.startswith("gemma") else 0.0
+        #: Added to the weights of norms: Gemma stores them less one.
+        self.norm_offset = 1.0 if self.config.model_type.startswith("gemma") else 0.0
         self.rotary: dict[str, torch.Tensor] = {}
         self._nodes: list[NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
@@ -127,6 +107,20 @@ class Decoder:
         graph = helper.make_graph(self._nodes, "decoder", self._inputs(), self._outputs(), [*self._constants.values()])
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, MICROSOFT_OPSET)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="compress")
+
+    def table_specs(self) -> list[TensorSpec]:
+        """The rotary tables that `build` makes."""
+        kinds = {self._rotation(index) for index in range(self.layers)}
+        shape = (self.context, self.head_size // 2)
+        return [TensorSpec(name, torch.float32, shape) for kind in sorted(kinds) for name in _table_names(kind)]
+
+    def place(self, graph: GraphProto, name: str, tensor: torch.Tensor, where: tuple[str, int, int]) -> None:
+        """Adds a weight that lies in a file: `where` is (file, first byte, bytes)."""
+        kind = TensorProto.UINT8 if tensor.dtype == torch.uint8 else TensorProto.FLOAT
+        weight = TensorProto(name=name, data_type=kind, dims=tensor.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in zip(("location", "offset", "length"), where, strict=True):
+            weight.external_data.add(key=key, value=str(value))
+        graph.initializer.append(weight)
 
     def _block(self, index: int, hidden: str, added: str | None, lengths: str, total: str) -> tuple[str, str]:
         """One block: what came in, with what is still to be added to it -> the same after it."""
@@ -175,8 +169,9 @@ class Decoder:
         return self._op("Reshape", [normed, self._constant("flat", [0, 0, -1])])[0]
 
     def _rotated(self, x: str, heads: int, tables: tuple[str, str]) -> str:
-        options = {"num_heads": heads, "rotary_embedding_dim": self.head_size}
-        return self._op("RotaryEmbedding", [x, "position_ids", *tables], domain=MICROSOFT, **options)[0]
+        inputs = [x, "position_ids", *tables]
+        options: dict[str, Any] = {"num_heads": heads, "rotary_embedding_dim": self.head_size}
+        return self._op("RotaryEmbedding", inputs, domain=MICROSOFT, **options)[0]
 
     def _mlp(self, prefix: str, x: str) -> str:
         gate, up = (self._linear(x, f"{prefix}.{name}_proj") for name in ("gate", "up"))
@@ -192,7 +187,7 @@ class Decoder:
         """(the norm of x + added, x + added)."""
         epsilon = _epsilon(self.model.get_submodule(name))
         if added is None:
-            options = {"axis": -1, "stash_type": 1, "epsilon": epsilon}
+            options: dict[str, Any] = {"axis": -1, "stash_type": 1, "epsilon": epsilon}
             return self._op("SimplifiedLayerNormalization", [x, f"{name}.weight"], **options)[0], x
         normed, _, _, total = self._op(
             "SkipSimplifiedLayerNormalization", [x, added, f"{name}.weight"], ["", None, None, ""], MICROSOFT,
@@ -214,7 +209,7 @@ class Decoder:
         inputs += ["" if spec.symmetric else f"{table}.weight_zero_point", "", bias]
         (y,) = self._op(
             "MatMulNBits", inputs, [output], MICROSOFT, K=int(columns), N=int(rows), bits=spec.bits,
-            block_size=block_size(spec), accuracy_level=self.settings.accuracy_level,
+            block_size=block_size(spec), accuracy_level=self.accuracy_level,
         )  # fmt: skip
         return y
 
@@ -226,7 +221,7 @@ class Decoder:
             (rows,) = self._op("Gather", [f"{name}.weight", ids], axis=0)
         else:
             count, columns = module.weight.shape
-            width = -(-int(columns) // block_size(spec)) * block_size(spec)
+            width = block_count(spec, columns) * block_size(spec)
             shape = self._constant("embedding_shape", [int(count), width * spec.bits // 8])
             (table,) = self._op("Reshape", [codes_name(name, spec), shape])
             inputs = [table, ids, f"{name}.weight_scale"] + ([] if spec.symmetric else [f"{name}.weight_zero_point"])
@@ -258,8 +253,8 @@ class Decoder:
 
     def _tables(self, index: int) -> tuple[str, str]:
         """The names of the rotary tables of a layer, made at their first use by the model's own module."""
-        kind = self._kind(index) if "" not in _rotations(self.config) else ""
-        names = (f"rotary_cos{kind and '.' + kind}", f"rotary_sin{kind and '.' + kind}")
+        kind = self._rotation(index)
+        names = _table_names(kind)
         if names[0] not in self.rotary:
             x, places = torch.zeros(1), torch.arange(self.context)[None]
             found = self.model.model.rotary_emb(x, places, *([kind] if kind else []))
@@ -267,9 +262,10 @@ class Decoder:
                 self.rotary[name] = table[0, :, : self.head_size // 2].float().contiguous()
         return names
 
-    def _kind(self, index: int) -> str:
+    def _rotation(self, index: int) -> str:
+        """The type of a layer, where each type has rotary positions of its own; else ""."""
         kinds = getattr(self.config, "layer_types", None)
-        return str(kinds[index]) if kinds else "full_attention"
+        return "" if "" in _rotations(self.config) or not kinds else str(kinds[index])
 
     def _window(self, index: int) -> int:
         """Tokens that a layer looks back on, itself one of them; -1: all."""
@@ -293,7 +289,7 @@ class Decoder:
         return found + self._caches("present", "total")
 
     def _caches(self, prefix: str, length: str) -> list[ValueInfoProto]:
-        shape = ["batch", self.kv_heads, length, self.head_size]
+        shape: list[str | int | None] = ["batch", self.kv_heads, length, self.head_size]
         return [
             helper.make_tensor_value_info(f"{prefix}.{index}.{part}", TensorProto.FLOAT, shape)
             for index in range(self.layers)
@@ -320,17 +316,8 @@ class Decoder:
         return names
 
 
-def codes_name(layer: str, spec: QuantSpec) -> str:
-    """The tensor of a layer that holds its codes."""
-    return f"{layer}.weight_packed" if spec.stored == "packed" else f"{layer}.weight"
-
-
-def external(graph: GraphProto, name: str, kind: int, shape: tuple[int, ...], place: tuple[str, int, int]) -> None:
-    """Adds a weight that lies in a file: `place` is (file, first byte, bytes)."""
-    tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
-    for key, value in zip(("location", "offset", "length"), place, strict=True):
-        tensor.external_data.add(key=key, value=str(value))
-    graph.initializer.append(tensor)
+def _table_names(kind: str) -> tuple[str, str]:
+    return f"rotary_cos{kind and '.' + kind}", f"rotary_sin{kind and '.' + kind}"
 
 
 def _epsilon(norm: nn.Module) -> float:
