@@ -98,17 +98,15 @@ class TransformersEngine(Engine):
         self.model = None
 
     def tokens_read(self, length: int) -> int:
-        return patches_of(self.model.config) if self.images else length
+        return int(patches_of(self.model.config)) if self.images else length
 
     def cache_bytes(self) -> int | None:
         held = [self._given[name] for name in CACHES if name in self._given]
         if not held:
             return None
         # By storage: a tensor that is a view holds all that it is a view of, and two views of one hold it once.
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(held[0])
-        }
-        return sum(storages.values())
+        storages = (tensor.untyped_storage() for tensor in _tensors(held[0]))
+        return sum({storage.data_ptr(): int(storage.nbytes()) for storage in storages}.values())
 
 
 def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:

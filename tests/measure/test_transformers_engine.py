@@ -1,4 +1,4 @@
-"""The engine over transformers writes what `generate` writes, tells what its model computes, and counts what it reads."""
+"""The engine over transformers writes what `generate` writes, tells what a model computes, and counts what it reads."""
 
 import numpy as np
 import pytest
