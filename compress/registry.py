@@ -116,11 +116,19 @@ FORMATS = Registry(
         "bitsandbytes": "compress.formats.bitsandbytes:BitsAndBytes",
         "compressed-tensors": "compress.formats.compressed_tensors:CompressedTensors",
         "dense": "compress.formats.dense:Dense",
+        "onnx": "compress.formats.onnx:Onnx",
         "packed": "compress.formats.packed:Packed",
     },
     "compress.formats",
 )
-RUNTIMES = Registry("runtime", {"transformers": "compress.measure.runtimes:Transformers"}, "compress.runtimes")
+RUNTIMES = Registry(
+    "runtime",
+    {
+        "onnxruntime": "compress.measure.onnxruntime_engine:OnnxRuntime",
+        "transformers": "compress.measure.runtimes:Transformers",
+    },
+    "compress.runtimes",
+)
 METRICS = Registry(
     "metric",
     {

@@ -124,6 +124,12 @@ class Format(ABC):
         written, by the arithmetic of that runtime."""
         return 1e-3
 
+    def allowed_exactly(self, contents: Contents) -> float:
+        """As `allowed_difference`, of `Engine.exact_logits`: what is left is what the model in memory rounds, its
+        products in 16 bits, or the weights of asymmetric grids, which it multiplies in their scales' 16 bits."""
+        exact = contents.dtype == torch.float32 and all(spec.symmetric for spec in contents.quantization.values())
+        return 1e-3 if exact else 5e-2
+
     @abstractmethod
     def write(self, folder: Path, contents: Contents) -> None:
         """Write everything into `folder`, which exists and is empty. `write_model_folder` makes that atomic."""

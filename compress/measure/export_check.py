@@ -40,7 +40,12 @@ def unverified(name: str, folder: Path, contents: Contents) -> list[Export]:
         return []
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     allowed = form.allowed_difference(contents)
-    return [Export(format=name, path=f"exports/{name}", bytes=size, by=form.runtime, allowed=allowed)]
+    exactly = form.allowed_exactly(contents)
+    return [
+        Export(
+            format=name, path=f"exports/{name}", bytes=size, by=form.runtime, allowed=allowed, allowed_exactly=exactly
+        )
+    ]  # fmt: skip
 
 
 def verify_export(
@@ -60,7 +65,7 @@ def verify_export(
     """
     folder = output / export.path
     texts = [] if tokenizer is None else [PROBE_TEXT, *tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    found, tokens = engine_output(folder, export.by, ids, texts, workdir, threads=threads)
+    found, exact, tokens = engine_output(folder, export.by, ids, texts, workdir, threads=threads)
     if found.shape != logits.shape:
         raise CompressError(
             f"{folder} was reloaded by {export.by} and is another model: its output has shape {tuple(found.shape)}, "
@@ -72,6 +77,15 @@ def verify_export(
             f"{folder} was reloaded by {export.by} and differs from the model in memory: KL {divergence:.3g} and "
             f"{difference:.3g} nats a token, {export.allowed:g} is allowed. The export is not verified."
         )
+    stored = None
+    if exact is not None:
+        stored = max(likelihood_differences(logits, exact, ids))
+        if not stored <= export.allowed_exactly:
+            raise CompressError(
+                f"{folder} was reloaded by {export.by} and differs from the model in memory where nothing but its "
+                f"weights is rounded: by {stored:.3g} nats a token, {export.allowed_exactly:g} is allowed. The export "
+                "is not verified."
+            )
     same = None
     if tokenizer is not None and tokens is not None:
         same = _same_tokens(folder, export.by, tokenizer, texts, tokens)
@@ -80,6 +94,7 @@ def verify_export(
             "reloaded": True,
             "kl_divergence": divergence,
             "mean_logprob_difference": difference,
+            "exact_difference": stored,
             "same_tokens": same,
         }
     )
@@ -113,9 +128,9 @@ def _same_tokens(
 
 def engine_output(
     folder: Path, runtime: str, ids: Tensor, texts: Sequence[str], workdir: Path, *, threads: int = 1
-) -> tuple[Tensor, list[list[list[int]]] | None]:
-    """Float32 logits [n, length, vocabulary] of an export in a fresh process, and each text's tokens: without and with
-    special ones (None where the engine has no tokenizer)."""
+) -> tuple[Tensor, Tensor | None, list[list[list[int]]] | None]:
+    """Float32 logits [n, length, vocabulary] of an export in a fresh process; those of its exact arithmetic, where it
+    has one; and each text's tokens: without and with special ones (None where the engine has no tokenizer)."""
     from safetensors.torch import load_file, save_file
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -127,7 +142,8 @@ def engine_output(
         command = [sys.executable, "-m", "compress.measure.export_check", str(work / "job.json")]
         run_child(command, what=f"loading {folder} by {runtime}", threads=threads, out=work)
         values = json.loads((work / "result.json").read_text(encoding="utf-8"))
-        return load_file(work / "output.safetensors")["output"].clone(), values["tokens"]
+        output = {name: tensor.clone() for name, tensor in load_file(work / "output.safetensors").items()}
+        return output["output"], output.get("exact"), values["tokens"]
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -152,13 +168,15 @@ def _opened(job: dict[str, Any], out: Path) -> dict[str, Any]:
 
     engine = RUNTIMES.get(job["runtime"])().open(Path(job["folder"]), threads=job["threads"], device="cpu")
     try:
-        rows = [engine.logits(row.tolist()) for row in load_file(out / "ids.safetensors")["ids"]]
+        ids = load_file(out / "ids.safetensors")["ids"].tolist()
+        rows, exact = [engine.logits(row) for row in ids], [engine.exact_logits(row) for row in ids]
         tokens = [[engine.tokens(text, special=special) for special in (False, True)] for text in job["texts"]]
     finally:
         engine.close()
     if any(row is None for row in rows):
         raise CompressError("its engine tells no logits, so nothing can be compared")
-    save_file({"output": torch.from_numpy(np.stack(rows))}, out / "output.safetensors")
+    found = {"output": rows} if any(row is None for row in exact) else {"output": rows, "exact": exact}
+    save_file({name: torch.from_numpy(np.stack(each)) for name, each in found.items()}, out / "output.safetensors")
     return {"tokens": None if any(None in pair for pair in tokens) else tokens}
 
 
