@@ -116,11 +116,19 @@ FORMATS = Registry(
         "bitsandbytes": "compress.formats.bitsandbytes:BitsAndBytes",
         "compressed-tensors": "compress.formats.compressed_tensors:CompressedTensors",
         "dense": "compress.formats.dense:Dense",
+        "gguf": "compress.formats.gguf:GGUF",
         "packed": "compress.formats.packed:Packed",
     },
     "compress.formats",
 )
-RUNTIMES = Registry("runtime", {"transformers": "compress.measure.runtimes:Transformers"}, "compress.runtimes")
+RUNTIMES = Registry(
+    "runtime",
+    {
+        "llama.cpp": "compress.measure.llama_cpp:LlamaCpp",
+        "transformers": "compress.measure.runtimes:Transformers",
+    },
+    "compress.runtimes",
+)
 METRICS = Registry(
     "metric",
     {
