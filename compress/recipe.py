@@ -310,6 +310,9 @@ def _benchmark(
         return None
     check.names(("benchmark", "metrics"), benchmark.metrics or (), METRICS)
     check.names(("benchmark", "runtimes"), benchmark.runtimes, RUNTIMES)
+    for index, runtime in enumerate(benchmark.runtimes):
+        if runtime in RUNTIMES and (missing := RUNTIMES.get(runtime)().missing()):
+            check.problem(("benchmark", "runtimes", index), f"{runtime} cannot run here: {missing}")
     for metric, goal in benchmark.goals.items():
         place = ("benchmark", "goals", metric)
         try:
