@@ -121,7 +121,8 @@ class Format(ABC):
 
     def allowed_difference(self, contents: Contents) -> float:
         """The most by which log-likelihoods (nats a token, in the mean) may differ when `runtime` runs what was
-        written, by the arithmetic of that runtime."""
+        written, by the arithmetic of that runtime. The square of it is the most that KL may be: noise of deviation s
+        in the logits costs s**2 / 2."""
         return 1e-3
 
     @abstractmethod

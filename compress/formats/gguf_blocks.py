@@ -1,6 +1,6 @@
 """ggml's blocks of quantized weights: which of them hold a grid of ours exactly, and a layer's codes as their bytes.
 
-A block is 32 neighbouring weights of a row with a float16 scale `d` of its own, little-endian, rows one after the other:
+A block is 32 neighbouring weights of a row with a float16 scale `d` of its own, little-endian, row after row:
 
     Q4_0   d, 16 bytes: code j in the low half of byte j, code 16 + j in the high half     weight = (q - 8) * d
     Q4_1   d, float16 m, 16 bytes laid out alike                                           weight = q * d + m
@@ -72,6 +72,7 @@ def _half_bytes(values: Tensor, kind: str) -> Tensor:
     half = values.to(torch.float16)
     if not torch.equal(half.to(torch.float32), values):
         raise CompressError(
-            f"{kind} blocks keep their numbers in float16, and it does not hold all of these: round with {grids_in_words()}"
+            f"{kind} blocks keep their numbers in float16, which does not hold all of these: "
+            f"round with {grids_in_words()}"
         )
     return torch.from_numpy(half.numpy().astype("<f2").view(np.uint8)).unflatten(1, (-1, 2))

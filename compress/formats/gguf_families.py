@@ -34,11 +34,12 @@ FAMILIES = {
 }
 #: The activation that llama.cpp computes for each architecture.
 _ACTIVATIONS = {"llama": "silu", "qwen3": "silu", "gemma3": "gelu_pytorch_tanh"}
-#: llama.cpp's llama knows no sliding window: a file is good for as many tokens as the window has, and no fewer than this.
+#: llama.cpp's llama knows no sliding window: a file is good for as many tokens as the window has, at least so many.
 _LEAST_WINDOW = 256
 #: Of six layers of Gemma 3, the last sees all of the text; llama.cpp takes that for granted where nothing is said.
 _PERIOD = 6
 _SCALINGS = ("default", "linear", "llama3", "yarn")
+_OWN_FACTORS = ("attention_factor", "mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def refuses_family(contents: Contents) -> str | None:
         trouble = f"its activation is {act}, and llama.cpp computes {_ACTIVATIONS[arch]}"
     elif rotary.kind not in _SCALINGS:
         trouble = f"its rotary embedding is scaled by {rotary.kind}; llama.cpp is told of {', '.join(_SCALINGS)}"
+    elif rotary.kind == "yarn" and any(rotary.scaling.get(key) is not None for key in _OWN_FACTORS):
+        trouble = "its rotary embedding has a factor of its own, where llama.cpp computes YaRN's"
     elif float(rotary.scaling.get("partial_rotary_factor") or 1.0) != 1.0:
         trouble = "only a part of each head is rotated"
     elif window is not None and window < min(_LEAST_WINDOW, config.max_position_embeddings):
@@ -130,7 +133,6 @@ def metadata(contents: Contents, writer: Any) -> None:
 def _yarn(scaling: dict[str, Any], context: int, writer: Any) -> None:
     writer.add_rope_scaling_orig_ctx_len(int(scaling.get("original_max_position_embeddings") or context))
     for key, add in (
-        ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
         ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
         ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
     ):

@@ -26,7 +26,7 @@ SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32":
 #: How codes are stored. "packed": integers in 32-bit words; the others one code an element, as those types.
 STORED_DTYPES = {"packed": torch.int32, "int8": torch.int8, "float8": torch.float8_e4m3fn}
 
-#: Grids of other programs' blocks, in the words of a `QuantSpec`. On them a scale is a number that float16 holds. Blocks
+#: Grids of other programs' blocks, in the words of a `QuantSpec`. Scales on them are numbers that float16 holds. Blocks
 #: of gguf-q4_1 store `-zero * scale` in float16 as well, with zero counted from the lowest code, 0 to 15: a scale of
 #: `SHORT_BITS` significant bits makes that exact.
 NAMED_GRIDS: dict[str, dict[str, Any]] = {
