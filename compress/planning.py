@@ -26,7 +26,7 @@ from compress.locating import locate
 from compress.opening import read_config, refuse_quantized, resolve_dtype
 from compress.passes.base import BlockPass, Pass
 from compress.passes.structural import StructuralPass
-from compress.registry import FORMATS
+from compress.registry import FORMATS, RUNTIMES
 from compress.shapes import ModelShape
 from compress.workspace import free_bytes
 
@@ -203,7 +203,10 @@ class _Walkthrough:
         if note and "packed" not in formats:
             formats.append("packed")
         for name in formats:
-            reason = _named(name).refusal(contents)
+            form = _named(name)
+            reason = form.refusal(contents)
+            if not reason and form.runtime is not None and (missing := RUNTIMES.get(form.runtime)().missing()):
+                reason = f"{missing} (every export is checked by what it is for)."
             if reason:
                 raise StartError(f"{'model/' if name == own else 'export'}: {reason}")
         written = sum(self._folder_bytes(name) for name in formats)

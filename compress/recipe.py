@@ -253,10 +253,6 @@ def _build(document: Document, name: str, overrides: Sequence[str], replaced: Ma
         "output": str(check.path(("output",) if shell.output else (), output)),
     }
     check.names(("export",), shell.export, FORMATS)
-    for index, format in enumerate(shell.export):
-        engine = FORMATS.get(format).runtime if format in FORMATS else None
-        if engine and (missing := RUNTIMES.get(engine)().missing()):
-            check.problem(("export", index), f"{format} is checked with {engine}, and that cannot run here: {missing}")
     if shell.memory is not None:
         _sized(check, shell.memory)
     for index, sentence in check_order(passes):

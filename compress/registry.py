@@ -116,6 +116,7 @@ FORMATS = Registry(
         "bitsandbytes": "compress.formats.bitsandbytes:BitsAndBytes",
         "compressed-tensors": "compress.formats.compressed_tensors:CompressedTensors",
         "dense": "compress.formats.dense:Dense",
+        "gguf": "compress.formats.gguf:GGUF",
         "onnx": "compress.formats.onnx:Onnx",
         "packed": "compress.formats.packed:Packed",
     },
@@ -124,6 +125,7 @@ FORMATS = Registry(
 RUNTIMES = Registry(
     "runtime",
     {
+        "llama.cpp": "compress.measure.llama_cpp:LlamaCpp",
         "onnxruntime": "compress.measure.onnxruntime_engine:OnnxRuntime",
         "transformers": "compress.measure.runtimes:Transformers",
     },

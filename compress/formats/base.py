@@ -121,14 +121,16 @@ class Format(ABC):
 
     def allowed_difference(self, contents: Contents) -> float:
         """The most by which log-likelihoods (nats a token, in the mean) may differ when `runtime` runs what was
-        written, by the arithmetic of that runtime."""
+        written, by the arithmetic of that runtime. The square of it is the most that KL may be: noise of deviation s
+        in the logits costs s**2 / 2."""
         return 1e-3
 
     def allowed_exactly(self, contents: Contents) -> float:
-        """As `allowed_difference`, of `Engine.exact_logits`: what is left is what the model in memory rounds, its
-        products in 16 bits, or the weights of asymmetric grids, which it multiplies in their scales' 16 bits."""
-        exact = contents.dtype == torch.float32 and all(spec.symmetric for spec in contents.quantization.values())
-        return 1e-3 if exact else 5e-2
+        """As `allowed_difference`, of `Engine.exact_logits`: what is left is what the model in memory rounds itself,
+        everything to 16 bits, or the weights of asymmetric grids, which it multiplies in their scales' dtype."""
+        if contents.dtype != torch.float32:
+            return 0.2 if contents.dtype == torch.bfloat16 else 0.03
+        return 1e-3 if all(spec.symmetric for spec in contents.quantization.values()) else 1e-2
 
     @abstractmethod
     def write(self, folder: Path, contents: Contents) -> None:

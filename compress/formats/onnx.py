@@ -66,7 +66,9 @@ class Onnx(Format):
         return None
 
     def allowed_difference(self, contents: Contents) -> float:
-        return 0.1 if contents.quantization else 1e-3
+        """What enters a packed layer is rounded to 8 bits: 0.01 to 0.09 nats on trained models, the more the text
+        surprises them."""
+        return 0.2 if contents.quantization else self.allowed_exactly(contents)
 
     def stored(self, contents: Contents) -> Sequence[TensorSpec]:
         shapes = {spec.name: held_shape(spec, contents) for spec in contents.tensors}

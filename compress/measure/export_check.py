@@ -72,10 +72,11 @@ def verify_export(
             f"the model in memory gave {tuple(logits.shape)}. The export is not verified."
         )
     divergence, difference = likelihood_differences(logits, found, ids)
-    if not max(divergence, difference) <= export.allowed:
+    if not (difference <= export.allowed and divergence <= export.allowed**2):
         raise CompressError(
-            f"{folder} was reloaded by {export.by} and differs from the model in memory: KL {divergence:.3g} and "
-            f"{difference:.3g} nats a token, {export.allowed:g} is allowed. The export is not verified."
+            f"{folder} was reloaded by {export.by} and differs from the model in memory: log-likelihoods by "
+            f"{difference:.3g} nats a token ({export.allowed:g} is allowed), KL {divergence:.3g} "
+            f"({export.allowed**2:.3g} is). The export is not verified."
         )
     stored = None
     if exact is not None:

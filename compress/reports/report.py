@@ -117,7 +117,8 @@ class Export(BaseModel):
     """A folder in `exports/`, loaded by its own engine in a fresh process, against the model in memory.
 
     `bytes`: of all its files. `kl_divergence` (nats a token, in memory || export) and `mean_logprob_difference` (of the
-    text's next tokens, nats, without sign) are on the probe text; `allowed`: the most that either may be.
+    text's next tokens, nats, without sign) are on the probe text; `allowed`: the most that the latter may be, and its
+    square the former.
     `exact_difference`: the larger of the two where the engine rounds nothing but the weights, at most
     `allowed_exactly`; null where it has no such arithmetic.
     `same_tokens`: whether the engine cuts texts into the same ids; null where it has no tokenizer.
