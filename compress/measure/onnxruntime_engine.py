@@ -68,6 +68,7 @@ class OnnxEngine(Engine):
         self._unread: list[int] = []  # the tokens written last
         self._rows = self._room = 0
         self._tokenizer: Any = None
+        self._exact: Any = None
 
     def logits(self, ids: Sequence[int]) -> np.ndarray | None:
         self._empty()
@@ -81,8 +82,9 @@ class OnnxEngine(Engine):
     def exact_logits(self, ids: Sequence[int]) -> np.ndarray | None:
         import numpy as np
 
-        rows = exact_session(self.folder, self.threads)(np.asarray([list(ids)], dtype=np.int64))
-        return np.asarray(rows[0], dtype=np.float32)
+        if self._exact is None:
+            self._exact = exact_session(self.folder, self.threads)
+        return np.asarray(self._exact(np.asarray([list(ids)], dtype=np.int64))[0], dtype=np.float32)
 
     def tokens(self, text: str, special: bool = False) -> list[int] | None:
         if self._tokenizer is None:
@@ -149,7 +151,7 @@ class OnnxEngine(Engine):
 
     def close(self) -> None:
         self._empty()
-        self._tokenizer = self._model = None
+        self._tokenizer = self._exact = self._model = None
 
 
 def exact_session(folder: Path, threads: int) -> Any:
