@@ -48,8 +48,8 @@ def export_words(export: Export) -> str:
     cut = "; it cuts text into the same tokens" if export.same_tokens else ""
     return (
         f"{export.path} ({export.bytes / 1e6:.3g} MB) was reloaded by {export.by} in a fresh process: its "
-        f"log-likelihoods are {export.mean_logprob_difference:.2g} nats a token from those of the model in memory (by {export.by}'s "
-        f"arithmetic {export.allowed:g} is allowed), KL {export.kl_divergence:.2g}{cut}."
+        f"log-likelihoods are {export.mean_logprob_difference:.2g} nats a token from those of the model in memory (for "
+        f"what {export.by} rounds itself, {export.allowed:g} is allowed), KL {export.kl_divergence:.2g}{cut}."
     )
 
 
