@@ -20,6 +20,7 @@ from compress.measure.benchmark import generations, measure_compressed, measure_
 from compress.measure.comparison import compare, original_figures
 from compress.measure.environment import environment
 from compress.measure.goals import check_goals
+from compress.measure.jobs import cache_folder
 from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
 from compress.measure.verification import verify
 from compress.model import ModelHandle
@@ -68,7 +69,9 @@ def run(
         scratch = work.hidden / "measure"
         original = None
         if ready.job is not None:
-            original = measure_original(str(ready.folder), job=ready.job, workdir=scratch, progress=progress)
+            original = measure_original(
+                str(ready.folder), job=ready.job, workdir=scratch, progress=progress, kept_in=cache_folder()
+            )
         stages, verified, notes = _compress(recipe, ready, work, progress)
         report = _report(recipe, ready, stages, verified, notes)
         if original is not None and ready.job is not None:

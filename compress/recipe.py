@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
@@ -98,7 +98,21 @@ class Benchmark(_Section):
     goals: dict[str, str | int | float] = Field(default_factory=dict)
     """Metric -> what it must reach: a change (`+2%`, `-1pt`) or a figure (`2GB`). Missing one ends in exit code 3."""
     runtimes: tuple[str, ...] = ("transformers",)
-    """What loads the exported model and is timed."""
+    """What runs the exported model: `transformers`, and any others, which open `exports/<format>`. All are timed in
+    turn; figures of others are named as in `decode_tokens_per_second/llama.cpp`."""
+    batches: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = (1,)
+    """Batch sizes to time, as in [1, 4, 16]. Those above 1 add figures as `decode_tokens_per_second/batch 4`."""
+    prompt_tokens: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Further prompt lengths to time, each with every batch, as `first_token_seconds/prompt 2048`."""
+    new_tokens: int = Field(64, ge=2)
+    """Tokens that are generated to time decoding."""
+    rounds: int = Field(7, ge=1)
+    """How often each speed is taken; the figure is the median. With fewer than 6, differences are not tested."""
+    warmup: int = Field(1, ge=0)
+    """Rounds before those that count."""
+    watts: float | None = Field(None, gt=0)
+    """Watts of one busy CPU core. Where the machine has no energy counter, energy is then estimated from CPU seconds,
+    and marked as estimated."""
     prompts: tuple[str, ...] = ()
     """Texts to continue with both models; the report shows them side by side."""
 
@@ -117,7 +131,7 @@ class Recipe(_Section):
     """Texts for calibration, evaluation and training."""
     passes: tuple[Pass, ...] = ()
     """What is done to the model, in this order: `- name: {options}`."""
-    benchmark: Benchmark | Literal[False] = Field(default_factory=Benchmark)
+    benchmark: Benchmark | Literal[False] = Field(default_factory=lambda: Benchmark())
     """What is measured; false: nothing (the result is still verified)."""
     export: tuple[str, ...] = ()
     """Formats written besides the folder `model/`."""
