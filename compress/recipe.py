@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from compress.errors import RecipeError
 from compress.recipe_changes import decisive, differences
 from compress.recipe_check import Checker, check_order, plain, step_name
-from compress.recipe_goals import TEXT_METRICS, Goal, known_metric, parse_goal, parse_size
+from compress.recipe_goals import TEXT_METRICS, VARIED, Goal, known_metric, parse_goal, parse_size
 from compress.recipe_yaml import Document, Place
 from compress.registry import FORMATS, METRICS, PASSES, RUNTIMES, yaml_words
 
@@ -104,13 +104,13 @@ class Benchmark(_Section):
     """Batch sizes to time, as in [1, 4, 16]. Those above 1 add figures as `decode_tokens_per_second/batch 4`."""
     prompt_tokens: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Further prompt lengths to time, each with every batch, as `first_token_seconds/prompt 2048`."""
-    new_tokens: int = Field(64, ge=2)
+    new_tokens: Annotated[int, Field(ge=2)] = 64
     """Tokens that are generated to time decoding."""
-    rounds: int = Field(7, ge=1)
+    rounds: Annotated[int, Field(ge=1)] = 7
     """How often each speed is taken; the figure is the median. With fewer than 6, differences are not tested."""
-    warmup: int = Field(1, ge=0)
+    warmup: Annotated[int, Field(ge=0)] = 1
     """Rounds before those that count."""
-    watts: float | None = Field(None, gt=0)
+    watts: Annotated[float, Field(gt=0)] | None = None
     """Watts of one busy CPU core. Where the machine has no energy counter, energy is then estimated from CPU seconds,
     and marked as estimated."""
     prompts: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ class Recipe(_Section):
     """Texts for calibration, evaluation and training."""
     passes: tuple[Pass, ...] = ()
     """What is done to the model, in this order: `- name: {options}`."""
-    benchmark: Benchmark | Literal[False] = Field(default_factory=lambda: Benchmark())
+    benchmark: Benchmark | Literal[False] = Field(default_factory=Benchmark)
     """What is measured; false: nothing (the result is still verified)."""
     export: tuple[str, ...] = ()
     """Formats written besides the folder `model/`."""
@@ -334,12 +334,22 @@ def _benchmark(
         except RecipeError as error:
             check.problem(place, str(error))
             continue
-        family = metric.partition("/")[0]
+        family, _, variant = metric.partition("/")
+        if family in VARIED and variant and not _varies(variant, benchmark):
+            check.problem(place, f"{variant} is not measured; name it in benchmark.batches, prompt_tokens or runtimes.")
         if known_metric(metric) and benchmark.metrics is not None and family not in benchmark.metrics:
             check.problem(place, f"{family} is not measured; add it to benchmark.metrics.")
     given = benchmark.tasks or ((home,) if home else ())
     tasks = [check.source(("benchmark", "tasks", index), task, builtin, hub=False) for index, task in enumerate(given)]
     return benchmark.model_copy(update={"tasks": tuple(tasks)})
+
+
+def _varies(variant: str, benchmark: Benchmark) -> bool:
+    """Whether `llama.cpp`, `batch 4` or `llama.cpp, batch 4, prompt 2048` is among what is measured."""
+    known = {name for name in benchmark.runtimes if name != "transformers"}
+    known |= {f"batch {batch}" for batch in benchmark.batches if batch > 1}
+    known |= {f"prompt {length}" for length in benchmark.prompt_tokens}
+    return set(variant.split(", ")) <= known
 
 
 def _requirements(check: Checker, passes: Sequence[Pass], data: Data, benchmark: Benchmark | Literal[False]) -> None:
