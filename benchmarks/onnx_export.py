@@ -7,9 +7,10 @@
 Both are one graph of the same bytes: the export of a model that `gptq` (or `rtn`) rounded here, and that file with its
 codes and scales overwritten by ONNX Runtime's (`quantize_matmul_4bits`, which its MatMulNBitsQuantizer and GenAI's
 builder call; symmetric, round to nearest). The linear layers of the blocks are rounded, the rest is float32 on both
-sides. KL is original || export in nats a token over the evaluation windows: as deployed (GenAI, inputs of layers rounded
-to 8 bits) and exact (the same file, float32 products). Speed: batch 1, greedy, one thread unless OMP_NUM_THREADS says
-otherwise, A B C A B C; beside them the packed model in transformers (`compress.load`). A ratio is the median over rounds.
+sides. KL is original || export in nats a token over the evaluation windows: as deployed (GenAI, inputs of layers
+rounded to 8 bits) and exact (the same file, float32 products). Speed: batch 1, greedy, one thread unless
+OMP_NUM_THREADS says otherwise, A B C A B C; beside them the packed model in transformers (`compress.load`). A ratio is
+the median over rounds.
 
 Writes benchmarks/results/onnx-NAME.json and .md.
 """
