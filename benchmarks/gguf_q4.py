@@ -1,7 +1,7 @@
 """Our roundings on the grid of Q4_0 beside llama.cpp's own Q4_0, in llama.cpp, at equal bytes.
 
     python benchmarks/gguf_q4.py MODEL --data builtin:tiny | --calibration FILE --evaluation FILE --name NAME
-        [--methods rtn gptq autoround] [--samples 100] [--rounds 15] [--threads 1]
+        [--methods rtn gptq autoround] [--samples 100] [--rounds 40] [--threads 1]
 
 All start from one dense GGUF file of the model. llama.cpp's are made by its own `llama_model_quantize`, every matrix of
 the blocks in Q4_0 and the embedding in Q8_0, without and with an importance matrix (the mean square of every input

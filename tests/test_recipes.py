@@ -11,7 +11,8 @@ from transformers import BertForSequenceClassification
 import compress
 from compress import answers
 from compress.recipe import Recipe
-from compress.testing import save_tiny, tiny_model, tiny_tokenizer
+from compress.registry import FORMATS
+from compress.testing import BYTE_VOCABULARY, byte_tokenizer, save_tiny, tiny_model, tiny_tokenizer
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -69,6 +70,10 @@ def test_the_recipe_runs_and_changes_what_it_says(path, stand_in, labelled, tmp_
         request.getfixturevalue("unverified")
     asked, text = Recipe.load(path), path.read_text()
     model = labelled if "classifier" in path.stem else stand_in
+    if path.stem == "gguf-q4":
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+        model = save_tiny(tmp_path / "model", vocab_size=BYTE_VOCABULARY)
+        byte_tokenizer().save_pretrained(model)
     overrides = ["data.calibration.samples=4", "data.calibration.length=32", "benchmark=false"]
     for role in ("calibration", "training", "evaluation"):
         if role == "calibration" or getattr(asked.data, role) is not None:
@@ -92,6 +97,7 @@ def test_the_recipe_runs_and_changes_what_it_says(path, stand_in, labelled, tmp_
     recipe = Recipe.load(path, overrides, model=str(model), output=str(tmp_path / "run"))
     report = compress.run(recipe)
     assert report.verified.reloaded
+    assert [export.format for export in report.exports] == [n for n in recipe.export if FORMATS.get(n).runtime]
     assert [stage.pass_ for stage in report.stages] == [step.name for step in recipe.passes]
     least = [0 if step.structural else 0.9 for step in recipe.passes]  # what is removed is as much as was asked for
     assert all(stage.coverage > share for stage, share in zip(report.stages, least, strict=True))
