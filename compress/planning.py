@@ -206,7 +206,7 @@ class _Walkthrough:
             form = _named(name)
             reason = form.refusal(contents)
             if not reason and form.runtime is not None and (missing := RUNTIMES.get(form.runtime)().missing()):
-                reason = f"{missing} (every export is checked by what it is for)."
+                reason = f"{missing} An export counts as done when what it is for has read it."
             if reason:
                 raise StartError(f"{'model/' if name == own else 'export'}: {reason}")
         written = sum(self._folder_bytes(name) for name in formats)

@@ -38,7 +38,7 @@ class LlamaCpp(Runtime):
     def missing(self) -> str | None:
         if find_spec("llama_cpp") is not None:
             return None
-        return "llama-cpp-python, which runs llama.cpp, is not installed: pip install 'compress[llama-cpp]'"
+        return "llama-cpp-python, which runs llama.cpp, is not installed: pip install 'compress[llama-cpp]'."
 
     def can_load(self, folder: Path) -> bool:
         return len(list(folder.glob("*.gguf"))) == 1

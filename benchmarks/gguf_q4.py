@@ -1,13 +1,14 @@
 """Our roundings on the grid of Q4_0 beside llama.cpp's own Q4_0, in llama.cpp, at equal bytes.
 
-    python benchmarks/gguf.py MODEL --data builtin:tiny | --calibration FILE --evaluation FILE --name NAME
-        [--methods rtn gptq autoround] [--samples 100] [--rounds 15] [--threads 1]
+    python benchmarks/gguf_q4.py MODEL --data builtin:tiny | --calibration FILE --evaluation FILE --name NAME
+        [--methods rtn gptq autoround] [--samples 100] [--rounds 40] [--threads 1]
 
 All start from one dense GGUF file of the model. llama.cpp's are made by its own `llama_model_quantize`, every matrix of
 the blocks in Q4_0 and the embedding in Q8_0, without and with an importance matrix (the mean square of every input
 column over the calibration windows). Ours are passes with `grid: gguf-q4_0, embeddings: 8`, exported. KL and the gap of
 log-perplexity are to the dense file, all run by llama.cpp over the same evaluation windows. Speed of decoding is
-measured in turn, a prompt of 32 tokens and 64 new ones a round; the ratio is to llama.cpp's Q4_0 in the same round.
+measured in turns with llama.cpp's Q4_0, opened once more, a prompt of 32 tokens and 64 new ones each; the row
+"llama.cpp" is that file against itself, and says what the machine's noise is.
 
 Adds to benchmarks/results/gguf.json and writes gguf.md.
 """
@@ -96,19 +97,22 @@ def quality(dense: Engine, engine: Engine, windows: torch.Tensor) -> dict[str, f
     return {name: total / (windows.shape[0] * (windows.shape[1] - 1)) for name, total in sums.items()}
 
 
-def speeds(engines: dict[str, Engine], prompt: Sequence[int], rounds: int) -> dict[str, list[float]]:
-    """Tokens a second of decoding, a value a round, the engines one after the other in each."""
-    found: dict[str, list[float]] = {name: [] for name in engines}
+def speed_ratio(engine: Engine, other: Engine, prompt: Sequence[int], rounds: int) -> tuple[float, float]:
+    """Tokens a second of decoding by `engine`, and its median ratio to `other`'s in the same round; who comes first
+    changes from round to round."""
+    rates, ratios = [], []
     for index in range(rounds + 1):
-        names = list(engines)
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            engines[name].prefill([prompt])
+        found = {}
+        for each in (engine, other) if index % 2 else (other, engine):
+            each.prefill([prompt])
             started = time.perf_counter()
             for _ in range(NEW):
-                engines[name].step()
-            if index:  # the first round warms up
-                found[name].append(NEW / (time.perf_counter() - started))
-    return found
+                each.step()
+            found[id(each)] = NEW / (time.perf_counter() - started)
+        if index:  # the first round warms up
+            rates.append(found[id(engine)])
+            ratios.append(found[id(engine)] / found[id(other)])
+    return statistics.median(rates), statistics.median(ratios)
 
 
 def main() -> None:
@@ -120,7 +124,7 @@ def main() -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "autoround"], choices=list(PASSES))
     parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -166,16 +170,15 @@ def compared(
         seconds[method] = time.monotonic() - started
     engines = {name: LlamaCpp().open(place / name, threads=options.threads, device="cpu") for name in seconds}
     reference = LlamaCpp().open(dense.parent, threads=options.threads, device="cpu")
-    rates = speeds(engines, texts["evaluation"].tokens[0, :PROMPT].tolist(), options.rounds)
+    again = LlamaCpp().open(place / "llama.cpp", threads=options.threads, device="cpu")
+    prompt = texts["evaluation"].tokens[0, :PROMPT].tolist()
     rows = []
     for name, engine in engines.items():
+        rate, ratio = speed_ratio(engine, again, prompt, options.rounds)
         rows.append({
             "model": options.name, "method": name, "bytes": (place / name / FILE).stat().st_size,
             "seconds": round(seconds[name], 1), **quality(reference, engine, texts["evaluation"].tokens),
-            "decode_tokens_per_second": statistics.median(rates[name]),
-            "speed_ratio": statistics.median(
-                a / b for a, b in zip(rates[name], rates["llama.cpp"], strict=True)
-            ),
+            "decode_tokens_per_second": rate, "speed_ratio": ratio,
             "windows": len(texts["evaluation"]), "threads": options.threads,
         })  # fmt: skip
         print(markdown(rows[-1:]).splitlines()[-1], flush=True)
@@ -191,7 +194,8 @@ def write(rows: list[dict[str, Any]], name: str) -> None:
     found = [row for row in found if row["model"] != name] + rows
     versions = {"llama-cpp-python": llama_cpp.__version__, "torch": torch.__version__}
     place.write_text(
-        json.dumps({"command": "python benchmarks/gguf.py ...", "versions": versions, "rows": found}, indent=1) + "\n"
+        json.dumps({"command": "python benchmarks/gguf_q4.py ...", "versions": versions, "rows": found}, indent=1)
+        + "\n"
     )
     place.with_suffix(".md").write_text(markdown(found))
 
