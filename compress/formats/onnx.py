@@ -89,7 +89,7 @@ class Onnx(Format):
         with open(folder / DATA, "wb") as file:
             for spec in contents.tensors:
                 if held_shape(spec, contents) is not None:
-                    tensor = _held(spec.name, contents.read(spec.name), contents, decoder.norm_offset)
+                    tensor = _held(spec.name, contents.read(spec.name).cpu(), contents, decoder.norm_offset)
                     decoder.place(model.graph, spec.name, tensor, (DATA, *_append(file, tensor)))
             for name, table in decoder.rotary.items():
                 decoder.place(model.graph, name, table, (DATA, *_append(file, table)))

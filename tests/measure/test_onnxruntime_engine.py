@@ -45,12 +45,19 @@ def test_it_writes_what_transformers_writes_beyond_the_room_it_made(family, tmp_
     assert written(engine, prompts, 3) == written(wanted, prompts, 3)
 
 
-def test_rows_of_a_batch_are_written_like_single_ones(tmp_path):
+def test_rows_of_a_batch_are_written_like_single_ones_without_the_tokens_that_end_a_text(tmp_path):
     model = tiny_model("qwen3")
-    model.config.eos_token_id = model.generation_config.eos_token_id = 0  # which it does not choose here
-    engine, wanted = opened(exported(tmp_path / "export", model)), TransformersEngine(model)
-    for prompts in ([[5, 9, 30], [40, 3, 8]], [[3, 4], [9, 8]], [[7, 7, 7]]):
-        assert written(engine, prompts, 12) == written(wanted, prompts, 12)
+    wanted = TransformersEngine(model)
+    batches = [[[5, 9, 30], [40, 3, 8]], [[3, 4], [9, 8]], [[7, 7, 7]]]
+    texts = [written(wanted, prompts, 12) for prompts in batches]
+    for name, end in (("other", 0), ("own", texts[0][3][0])):
+        model.config.eos_token_id = model.generation_config.eos_token_id = end
+        engine = opened(exported(tmp_path / name, model))
+        found = [written(engine, prompts, 12) for prompts in batches]
+        if name == "other":
+            assert found == texts
+        assert end not in [token for row in found[0] for token in row]
+        assert found[2] == texts[2]
 
 
 def test_its_logits_are_the_models_and_leave_the_cache_empty(tmp_path):
