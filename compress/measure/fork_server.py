@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,17 +37,19 @@ class ForkServer:
         self.environment = dict(environment)
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._starting = threading.Lock()
 
     def start(self) -> None:
         """Begins the imports; what is asked meanwhile waits for them."""
-        if self._process is not None:
-            return
-        self._folder = Path(tempfile.mkdtemp(prefix="compress-"))  # for its owner alone
-        command = [sys.executable, "-P", "-m", "compress.measure.fork_server", str(self._folder / "jobs")]
-        with (self._folder / "stderr").open("wb") as stderr:
-            self._process = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr
-            )
+        with self._starting:  # two jobs may be the first
+            if self._process is not None:
+                return
+            self._folder = Path(tempfile.mkdtemp(prefix="compress-"))  # for its owner alone
+            command = [sys.executable, "-P", "-m", "compress.measure.fork_server", str(self._folder / "jobs")]
+            with (self._folder / "stderr").open("wb") as stderr:
+                self._process = subprocess.Popen(
+                    command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr
+                )
 
     def submit(self, job_file: Path, stderr: Path) -> socket.socket:
         """Starts one job of `compress.measure.worker`. The socket says how it ends (`ended`), and ends it when closed.

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -57,6 +58,12 @@ def test_a_job_ends_with_its_status_and_others_run_meanwhile(server, tmp_path):
     slow = submit(server, tmp_path, "time.sleep(0.3) or 3", "slow")
     assert finished(submit(server, tmp_path, "0", "quick")) == 0
     assert finished(slow) == 3
+
+
+def test_two_first_jobs_share_one_server(server, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(submit, server, tmp_path, "os.getppid() % 100 + 1", str(index)) for index in range(4)]
+        assert len({finished(job.result()) for job in jobs}) == 1
 
 
 def test_a_job_that_is_killed_says_by_which_signal(server, tmp_path):
