@@ -21,6 +21,7 @@ from compress.measure.comparison import compare, original_figures
 from compress.measure.environment import environment
 from compress.measure.export_check import export_words, unverified, verify_export
 from compress.measure.goals import check_goals
+from compress.measure.jobs import cache_folder
 from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
 from compress.measure.verification import verify
 from compress.model import ModelHandle
@@ -78,7 +79,9 @@ def run(
         scratch = work.hidden / "measure"
         original = None
         if ready.job is not None:
-            original = measure_original(str(ready.folder), job=ready.job, workdir=scratch, progress=progress)
+            original = measure_original(
+                str(ready.folder), job=ready.job, workdir=scratch, progress=progress, kept_in=cache_folder()
+            )
         report = _report(recipe, ready, _compress(recipe, ready, work, progress))
         if original is not None and ready.job is not None:
             found = measure_compressed(

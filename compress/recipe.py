@@ -10,14 +10,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from compress.errors import RecipeError
 from compress.recipe_changes import decisive, differences
 from compress.recipe_check import Checker, check_order, plain, step_name
-from compress.recipe_goals import TEXT_METRICS, Goal, known_metric, parse_goal, parse_size
+from compress.recipe_goals import TEXT_METRICS, VARIED, Goal, known_metric, parse_goal, parse_size
 from compress.recipe_yaml import Document, Place
 from compress.registry import FORMATS, METRICS, PASSES, RUNTIMES, yaml_words
 
@@ -98,7 +98,21 @@ class Benchmark(_Section):
     goals: dict[str, str | int | float] = Field(default_factory=dict)
     """Metric -> what it must reach: a change (`+2%`, `-1pt`) or a figure (`2GB`). Missing one ends in exit code 3."""
     runtimes: tuple[str, ...] = ("transformers",)
-    """What loads the exported model and is timed."""
+    """What runs the exported model: `transformers`, and any others, which open `exports/<format>`. All are timed in
+    turn; figures of others are named as in `decode_tokens_per_second/llama.cpp`."""
+    batches: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = (1,)
+    """Batch sizes to time, as in [1, 4, 16]. Those above 1 add figures as `decode_tokens_per_second/batch 4`."""
+    prompt_tokens: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Further prompt lengths to time, each with every batch, as `first_token_seconds/prompt 2048`."""
+    new_tokens: Annotated[int, Field(ge=2)] = 64
+    """Tokens that are generated to time decoding."""
+    rounds: Annotated[int, Field(ge=1)] = 7
+    """How often each speed is taken; the figure is the median. With fewer than 6, differences are not tested."""
+    warmup: Annotated[int, Field(ge=0)] = 1
+    """Rounds before those that count."""
+    watts: Annotated[float, Field(gt=0)] | None = None
+    """Watts of one busy CPU core. Where the machine has no energy counter, energy is then estimated from CPU seconds,
+    and marked as estimated."""
     prompts: tuple[str, ...] = ()
     """Texts to continue with both models; the report shows them side by side."""
 
@@ -320,12 +334,22 @@ def _benchmark(
         except RecipeError as error:
             check.problem(place, str(error))
             continue
-        family = metric.partition("/")[0]
+        family, _, variant = metric.partition("/")
+        if family in VARIED and variant and not _varies(variant, benchmark):
+            check.problem(place, f"{variant} is not measured; name it in benchmark.batches, prompt_tokens or runtimes.")
         if known_metric(metric) and benchmark.metrics is not None and family not in benchmark.metrics:
             check.problem(place, f"{family} is not measured; add it to benchmark.metrics.")
     given = benchmark.tasks or ((home,) if home else ())
     tasks = [check.source(("benchmark", "tasks", index), task, builtin, hub=False) for index, task in enumerate(given)]
     return benchmark.model_copy(update={"tasks": tuple(tasks)})
+
+
+def _varies(variant: str, benchmark: Benchmark) -> bool:
+    """Whether `llama.cpp`, `batch 4` or `llama.cpp, batch 4, prompt 2048` is among what is measured."""
+    known = {name for name in benchmark.runtimes if name != "transformers"}
+    known |= {f"batch {batch}" for batch in benchmark.batches if batch > 1}
+    known |= {f"prompt {length}" for length in benchmark.prompt_tokens}
+    return set(variant.split(", ")) <= known
 
 
 def _requirements(check: Checker, passes: Sequence[Pass], data: Data, benchmark: Benchmark | Literal[False]) -> None:

@@ -138,6 +138,7 @@ METRICS = Registry(
         "energy_joules_per_token": "compress.measure.metrics:EnergyJoulesPerToken",
         "first_token_seconds": "compress.measure.metrics:FirstTokenSeconds",
         "kl_divergence": "compress.measure.metrics:KLDivergence",
+        "kv_cache_bytes_per_token": "compress.measure.metrics:KVCacheBytesPerToken",
         "parameters": "compress.measure.metrics:Parameters",
         "peak_memory_bytes": "compress.measure.metrics:PeakMemoryBytes",
         "perplexity": "compress.measure.metrics:Perplexity",

@@ -12,6 +12,7 @@ NAMES = {
     "bits_per_weight": "Bits per weight",
     "parameters": "Parameters",
     "peak_memory_bytes": "Peak memory",
+    "kv_cache_bytes_per_token": "KV cache per token",
     "prefill_tokens_per_second": "Prefill speed",
     "decode_tokens_per_second": "Decode speed",
     "first_token_seconds": "Time to first token",
