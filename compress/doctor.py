@@ -13,16 +13,9 @@ import torch
 from compress import __version__
 
 _PACKAGES = (
-    "torch",
-    "transformers",
-    "compressed-tensors",
-    "accelerate",
-    "evaluate",
-    "peft",
-    "bitsandbytes",
-    "gguf",
+    "torch", "transformers", "compressed-tensors", "accelerate", "evaluate", "peft", "bitsandbytes", "gguf",
     "llama-cpp-python",
-)
+)  # fmt: skip
 
 
 def findings() -> list[str]:
