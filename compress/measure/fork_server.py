@@ -120,7 +120,8 @@ def serve(path: str) -> None:
             if kind == "end":
                 for child in running:
                     os.kill(child, signal.SIGKILL)
-                return
+                shutil.rmtree(Path(path).parent, ignore_errors=True)
+                os._exit(0)  # taking down what was imported would take a second
             if kind == "listen":
                 accepted = listening.accept()[0]
                 asked = json.loads(accepted.makefile("rb").readline() or "null")
@@ -155,7 +156,6 @@ def _fork(asked: Mapping[str, str], watched: selectors.BaseSelector) -> tuple[in
         return pid, os.pidfd_open(pid)
     status = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         watched.close()
         stderr = os.open(asked["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         nothing = os.open(os.devnull, os.O_RDONLY)

@@ -13,7 +13,7 @@ import pytest
 from compress.errors import CompressError
 from compress.measure import fork_server
 from compress.measure.fork_server import ForkServer, ended
-from compress.measure.jobs import PACKAGE, _environment, run_child
+from compress.measure.jobs import PACKAGE, _environment, job_server, run_child, run_job
 
 # Stands in for the server's module: it imports nothing, and its jobs are Python files that are run.
 STAND_IN = """
@@ -140,3 +140,20 @@ def test_a_fork_counts_the_pages_that_an_import_would_have_left():
     assert bare < 0.95 * before
     assert again == pytest.approx(before, rel=0.02)
     assert threads == 1
+
+
+@pytest.mark.slow
+def test_peak_memory_after_a_fork_is_that_of_an_interpreter_of_its_own(tmp_path):
+    from compress.locating import locate
+
+    folder = str(locate("builtin:tiny"))
+    engine = {"runtime": "transformers", "folder": folder, "dtype": "auto"}
+    job = {
+        "kind": "memory", "model": folder, "device": "cpu", "threads": 1, "seed": 0, "engine": engine,
+        "prompt_length": 16, "new_tokens": 8, "cache_length": 64,
+    }  # fmt: skip
+    alone = run_job(job, tmp_path).values
+    with job_server("cpu", 1) as server:
+        forked = run_job(job, tmp_path, server=server).values
+    assert forked["peak_memory_bytes"] == pytest.approx(alone["peak_memory_bytes"], rel=0.02)
+    assert forked["above_import_bytes"] == pytest.approx(alone["above_import_bytes"], rel=0.1)
