@@ -273,6 +273,11 @@ def _build(document: Document, name: str, overrides: Sequence[str], replaced: Ma
         place = document.where(("passes", index, passes[index].name)).removesuffix(": ")
         check.problems.append(f"{place or step_name(passes, index)} {sentence}")
     _requirements(check, passes, data, benchmark)
+    for index, name in enumerate(benchmark.runtimes if benchmark and passes else ()):
+        opens = RUNTIMES.get(name).exports if name in RUNTIMES else ()
+        if opens and not set(opens) & set(shell.export):
+            sentence = f"{name} opens what export writes as {' or '.join(opens)}: add {opens[0]} to export."
+            check.problem(("benchmark", "runtimes", index), sentence)
     for index, step in enumerate(passes):
         if step.needs_training and shell.residency == "disk":
             sentence = f"{step.name} trains the whole model at once: use residency: memory, or leave it out."

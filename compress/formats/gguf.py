@@ -6,11 +6,12 @@ everything else is stored in the dtype it has, vectors in float32, as llama.cpp 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from compress.formats.gguf_families import (
     refuses_family,
     rows_of,
 )
-from compress.formats.gguf_tokenizer import add_tokenizer, refuses_tokenizer
+from compress.formats.gguf_tokenizer import PROBE_TEXT, add_tokenizer, refuses_tokenizer
 from compress.maths.grid import QuantSpec
 from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import packed_tensors
@@ -69,7 +70,7 @@ class GGUF(Format):
     """One file for llama.cpp. Holds dense weights, and 4 and 8 bits on the grids of Q4_0, Q4_1 and Q8_0."""
 
     name = "gguf"
-    runtime = "llama.cpp"
+    runtime: ClassVar[str] = "llama.cpp"
 
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
         if dtype not in _DENSE:
@@ -92,7 +93,10 @@ class GGUF(Format):
         return None
 
     def refuses_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> str | None:
-        return refuses_tokenizer(tokenizer)
+        if reason := refuses_tokenizer(tokenizer):
+            return reason
+        assert tokenizer is not None
+        return _cut_otherwise(tokenizer, int(config.get_text_config().vocab_size))
 
     def stored(self, contents: Contents) -> list[TensorSpec]:
         """Sizes as bytes, since torch has no dtype for blocks."""
@@ -136,6 +140,27 @@ class GGUF(Format):
                 writer.write_tensor_data(data)
         finally:
             writer.close()
+
+
+def _cut_otherwise(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str | None:
+    """Where llama.cpp, given a file with the tokenizer alone, cuts a text into other tokens; None where it does not, or
+    is not installed."""
+    from compress.measure.export_check import tokens_by_engine, tokens_differ
+    from compress.registry import RUNTIMES
+
+    if RUNTIMES.get(GGUF.runtime)().missing():
+        return None
+    import gguf
+
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / FILE
+        writer = gguf.GGUFWriter(file, FAMILIES["LlamaForCausalLM"])
+        add_tokenizer(writer, tokenizer, vocabulary)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        said = tokens_differ(GGUF.runtime, tokenizer, [PROBE_TEXT], tokens_by_engine(file, [PROBE_TEXT]))
+    return said and f"{said}."
 
 
 def _tensors(contents: Contents) -> list[_Tensor]:

@@ -279,7 +279,8 @@ def _figures(found: Measurements, job: BenchmarkJob, *, is_original: bool) -> No
                 found.figures[variant] = more
             if "reference" in metric.needs:  # the original has no such figure
                 found.beside_figures[variant] = Figure(value=None, reason=FROM_ITSELF)
-        for variant in [key for key in found.beside if key.partition("/")[0] == name]:
+        recorded = [key for key in found.beside if key.partition("/")[0] == name]
+        for variant in dict.fromkeys([name, *recorded]) if "speed" in metric.needs and found.beside else ():
             beside = figure_of(metric, variant, found.beside, found, of="beside")
             if beside is not None:
                 found.beside_figures[variant] = beside

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
+from compress.formats.gguf_tokenizer import PROBE_TEXT
 from compress.measure.jobs import run_child
 from compress.registry import FORMATS, RUNTIMES
 from compress.reports.report import Export
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from compress.formats.base import Contents
-
-#: What every tokenizer has to cut as the original does: words, digits, runs of blanks, quotes, letters of other kinds.
-PROBE_TEXT = (
-    "The 3 boys' 1,024 (or 65536?) stones weren't ALL there... I'LL see: \"x = y_2 + 3.14;\"\n\n  two blanks,\ttab\n"
-    "    return naïve_Café(ß); Привет, мир! 你好 12345 ok 😀 e-mail@example.org\n"
-)
 
 
 def unverified(name: str, folder: Path, contents: Contents) -> list[Export]:
@@ -101,7 +96,9 @@ def verify_export(
             )
     same = None
     if tokenizer is not None and tokens is not None:
-        same = _same_tokens(folder, export.by, tokenizer, texts, tokens)
+        if said := tokens_differ(export.by, tokenizer, texts, tokens):
+            raise CompressError(f"{folder}: {said}. The export is not verified.")
+        same = True
     return export.model_copy(
         update={
             "reloaded": True,
@@ -123,20 +120,27 @@ def likelihood_differences(logits: Tensor, found: Tensor, ids: Tensor) -> tuple[
     return float(divergence), float(difference)
 
 
-def _same_tokens(
-    folder: Path, engine: str, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: list[list[list[int]]]
-) -> bool:
+def tokens_differ(
+    engine: str, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: list[list[list[int]]]
+) -> str | None:
+    """Where an engine's tokens (without and with special ones, of each text) are not the tokenizer's; or None."""
     for text, found in zip(texts, tokens, strict=True):
         for special, given in zip((False, True), found, strict=True):
             wanted = tokenizer(text, add_special_tokens=special)["input_ids"]
             if wanted != given:
                 place = next((i for i, (a, b) in enumerate(zip(wanted, given, strict=False)) if a != b), len(wanted))
-                raise CompressError(
-                    f"{folder}: {engine} cuts a text into other tokens than the model's tokenizer, the first at place "
-                    f"{place}: {given[place : place + 3]} instead of {wanted[place : place + 3]}. The export is not "
-                    "verified."
+                return (
+                    f"{engine} cuts a text into other tokens than the model's tokenizer, the first at place {place}: "
+                    f"{given[place : place + 3]} instead of {wanted[place : place + 3]}"
                 )
-    return True
+    return None
+
+
+def tokens_by_engine(file: Path, texts: Sequence[str]) -> list[list[list[int]]]:
+    """How llama.cpp, in a fresh process, cuts texts by the tokenizer of a GGUF file that holds nothing else."""
+    job = {"tokenizer": str(file), "texts": list(texts), "folder": str(file), "runtime": "llama.cpp"}
+    found: list[list[list[int]]] = _in_a_process(job, file.parent, "reading the tokenizer by llama.cpp", 1)["tokens"]
+    return found
 
 
 def engine_output(
@@ -150,15 +154,21 @@ def engine_output(
     work = Path(tempfile.mkdtemp(prefix="export-", dir=workdir))
     try:
         save_file({"ids": ids.contiguous()}, work / "ids.safetensors")
-        job = {"folder": str(folder), "runtime": runtime, "texts": list(texts), "threads": threads, "out": str(work)}
-        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        command = [sys.executable, "-m", "compress.measure.export_check", str(work / "job.json")]
-        run_child(command, what=f"loading {folder} by {runtime}", threads=threads, out=work)
-        values = json.loads((work / "result.json").read_text(encoding="utf-8"))
+        job = {"folder": str(folder), "runtime": runtime, "texts": list(texts), "threads": threads}
+        values = _in_a_process(job, work, f"loading {folder} by {runtime}", threads)
         output = {name: tensor.clone() for name, tensor in load_file(work / "output.safetensors").items()}
         return output["output"], output.get("exact"), values["tokens"]
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _in_a_process(job: dict[str, Any], work: Path, what: str, threads: int) -> dict[str, Any]:
+    """What the job gives, done by a fresh process with `work` for its files."""
+    (work / "job.json").write_text(json.dumps({**job, "out": str(work)}), encoding="utf-8")
+    command = [sys.executable, "-m", "compress.measure.export_check", str(work / "job.json")]
+    run_child(command, what=what, threads=threads, out=work)
+    values: dict[str, Any] = json.loads((work / "result.json").read_text(encoding="utf-8"))
+    return values
 
 
 def main(job_file: str) -> int:
@@ -175,6 +185,10 @@ def main(job_file: str) -> int:
 
 
 def _opened(job: dict[str, Any], out: Path) -> dict[str, Any]:
+    if "tokenizer" in job:
+        from compress.measure.llama_cpp import tokens_of_file
+
+        return {"tokens": tokens_of_file(Path(job["tokenizer"]), job["texts"])}
     import numpy as np
     import torch
     from safetensors.torch import load_file, save_file

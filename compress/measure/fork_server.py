@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,17 +37,19 @@ class ForkServer:
         self.environment = dict(environment)
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._starting = threading.Lock()
 
     def start(self) -> None:
         """Begins the imports; what is asked meanwhile waits for them."""
-        if self._process is not None:
-            return
-        self._folder = Path(tempfile.mkdtemp(prefix="compress-"))  # for its owner alone
-        command = [sys.executable, "-P", "-m", "compress.measure.fork_server", str(self._folder / "jobs")]
-        with (self._folder / "stderr").open("wb") as stderr:
-            self._process = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr
-            )
+        with self._starting:  # two jobs may be the first
+            if self._process is not None:
+                return
+            self._folder = Path(tempfile.mkdtemp(prefix="compress-"))  # for its owner alone
+            command = [sys.executable, "-P", "-m", "compress.measure.fork_server", str(self._folder / "jobs")]
+            with (self._folder / "stderr").open("wb") as stderr:
+                self._process = subprocess.Popen(
+                    command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr
+                )
 
     def submit(self, job_file: Path, stderr: Path) -> socket.socket:
         """Starts one job of `compress.measure.worker`. The socket says how it ends (`ended`), and ends it when closed.
@@ -117,7 +120,8 @@ def serve(path: str) -> None:
             if kind == "end":
                 for child in running:
                     os.kill(child, signal.SIGKILL)
-                return
+                shutil.rmtree(Path(path).parent, ignore_errors=True)
+                os._exit(0)  # taking down what was imported would take a second
             if kind == "listen":
                 accepted = listening.accept()[0]
                 asked = json.loads(accepted.makefile("rb").readline() or "null")
@@ -152,7 +156,6 @@ def _fork(asked: Mapping[str, str], watched: selectors.BaseSelector) -> tuple[in
         return pid, os.pidfd_open(pid)
     status = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         watched.close()
         stderr = os.open(asked["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         nothing = os.open(os.devnull, os.O_RDONLY)

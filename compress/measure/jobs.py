@@ -145,7 +145,8 @@ def run_child(
 
     With a `server`, the last word of the command is the job that it forks a child for. `told` is called now and then.
     """
-    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+    aside = nullcontext(out.parent) if out is not None else tempfile.TemporaryDirectory(prefix="compress-")
+    with aside as folder:
         stderr = Path(folder) / "stderr"
         if server is None:
             status = _run(command, threads, stderr, told)

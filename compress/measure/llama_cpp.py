@@ -92,12 +92,7 @@ class LlamaEngine(Engine):
         return np.concatenate(parts)
 
     def tokens(self, text: str, special: bool = False) -> list[int]:
-        data = text.encode()
-        found = (self.api.llama_token * (len(data) + 8))()
-        count = self.api.llama_tokenize(self._vocabulary, data, len(data), found, len(found), special, True)
-        if count < 0:
-            raise CompressError("llama.cpp could not cut a text into tokens")
-        return list(found[:count])
+        return _cut(self._vocabulary, text, special)
 
     def prefill(self, ids: Sequence[Sequence[int]]) -> None:
         (row,) = ids
@@ -144,6 +139,36 @@ class LlamaEngine(Engine):
         rows = len(ids) if every else 1
         start = self.api.llama_get_logits_ith(self._context, -1 if not every else 0)
         return np.ctypeslib.as_array(start, shape=(rows, self.width)).copy()
+
+
+def tokens_of_file(file: Path, texts: Sequence[str]) -> list[list[list[int]]]:
+    """Each text's tokens, without and with those at its ends, by the tokenizer of a file that need hold nothing else.
+    CompressError where the file cannot be loaded."""
+    import llama_cpp
+
+    _listen()
+    _said.clear()
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only, params.n_gpu_layers = True, 0
+    model: Any = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
+    if not model:
+        raise CompressError(f"its tokenizer cannot be loaded: {last_words()}")
+    vocabulary: Any = llama_cpp.llama_model_get_vocab(model)
+    found = [[_cut(vocabulary, text, special) for special in (False, True)] for text in texts]
+    llama_cpp.llama_model_free(model)
+    return found
+
+
+def _cut(vocabulary: Any, text: str, special: bool) -> list[int]:
+    import llama_cpp
+
+    data = text.encode()
+    found = (llama_cpp.llama_token * (len(data) + 8))()
+    count: int = llama_cpp.llama_tokenize(vocabulary, data, len(data), found, len(found), special, True)
+    if count < 0:
+        raise CompressError("llama.cpp could not cut a text into tokens")
+    return list(found[:count])
 
 
 @cache

@@ -156,10 +156,10 @@ def _why_not(
     return None
 
 
-def generate(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
-    """Greedy continuation of ids [1, length], of `new_tokens` at most."""
+def generate(model: Any, ids: Tensor, new_tokens: int, *, fixed: bool = True) -> Tensor:
+    """Greedy continuation of ids [1, length]; `fixed`: of exactly `new_tokens`, whatever the model writes."""
     generated: Tensor = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, num_beams=1,
-        use_cache=True, pad_token_id=0,
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens if fixed else None, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0,
     )  # fmt: skip
     return generated

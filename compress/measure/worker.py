@@ -101,7 +101,7 @@ def _answers(job: Job, folder: Path, model: Any) -> dict[str, Any]:
     texts = []
     for prompt in job["prompts"]:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(job["device"])
-        written = generate(model, ids, job["prompt_tokens"])[0, ids.shape[1] :]
+        written = generate(model, ids, job["prompt_tokens"], fixed=False)[0, ids.shape[1] :]
         texts.append(tokenizer.decode(written, skip_special_tokens=True))
     return {"correct": correct, "generations": texts}
 

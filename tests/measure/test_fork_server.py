@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from compress.errors import CompressError
 from compress.measure import fork_server
 from compress.measure.fork_server import ForkServer, ended
-from compress.measure.jobs import PACKAGE, _environment, run_child
+from compress.measure.jobs import PACKAGE, _environment, job_server, run_child, run_job
 
 # Stands in for the server's module: it imports nothing, and its jobs are Python files that are run.
 STAND_IN = """
@@ -57,6 +58,12 @@ def test_a_job_ends_with_its_status_and_others_run_meanwhile(server, tmp_path):
     slow = submit(server, tmp_path, "time.sleep(0.3) or 3", "slow")
     assert finished(submit(server, tmp_path, "0", "quick")) == 0
     assert finished(slow) == 3
+
+
+def test_two_first_jobs_share_one_server(server, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(submit, server, tmp_path, "os.getppid() % 100 + 1", str(index)) for index in range(4)]
+        assert len({finished(job.result()) for job in jobs}) == 1
 
 
 def test_a_job_that_is_killed_says_by_which_signal(server, tmp_path):
@@ -133,3 +140,20 @@ def test_a_fork_counts_the_pages_that_an_import_would_have_left():
     assert bare < 0.95 * before
     assert again == pytest.approx(before, rel=0.02)
     assert threads == 1
+
+
+@pytest.mark.slow
+def test_peak_memory_after_a_fork_is_that_of_an_interpreter_of_its_own(tmp_path):
+    from compress.locating import locate
+
+    folder = str(locate("builtin:tiny"))
+    engine = {"runtime": "transformers", "folder": folder, "dtype": "auto"}
+    job = {
+        "kind": "memory", "model": folder, "device": "cpu", "threads": 1, "seed": 0, "engine": engine,
+        "prompt_length": 16, "new_tokens": 8, "cache_length": 64,
+    }  # fmt: skip
+    alone = run_job(job, tmp_path).values
+    with job_server("cpu", 1) as server:
+        forked = run_job(job, tmp_path, server=server).values
+    assert forked["peak_memory_bytes"] == pytest.approx(alone["peak_memory_bytes"], rel=0.02)
+    assert forked["above_import_bytes"] == pytest.approx(alone["above_import_bytes"], rel=0.1)

@@ -18,7 +18,7 @@ from compress.recipe import Recipe
 from compress.testing import BYTE_VOCABULARY, byte_tokenizer, save_tiny, tiny_model
 
 needed = pytest.mark.skipif(LlamaCpp().missing() is not None, reason="llama-cpp-python is not installed")
-TEXT = "the boys and the 10 girls were in there, on a hill. I'll say: 100%"
+TEXT = "the boys and the 12 girls were in there, on a hill. I'll say: 100%"
 
 
 def tiny(family, **changes):
@@ -114,7 +114,7 @@ def test_the_engine_writes_the_likeliest_tokens_and_begins_anew(tmp_path):
 def test_the_engine_cuts_text_as_the_tokenizer_does(tmp_path):
     folder, _ = export(tiny("llama"), tmp_path)
     engine, tokenizer = LlamaCpp().open(folder, threads=1, device="cpu"), byte_tokenizer()
-    for text in (TEXT, "naïve 你好\n\n  <eos> 1010", ""):
+    for text in (TEXT, "naïve 你好\n\n  <eos> 1212", ""):
         for special in (False, True):
             assert engine.tokens(text, special) == tokenizer(text, add_special_tokens=special)["input_ids"]
     engine.close()
@@ -150,6 +150,14 @@ def test_a_tokenizer_that_cuts_otherwise_is_found_out(tmp_path, monkeypatch):
     _, entry = export(model, tmp_path)
     with pytest.raises(CompressError, match=r"other tokens than the model's tokenizer.*not verified"):
         verify_export(tmp_path, entry, ids, logits_of(model, ids), byte_tokenizer(), workdir=tmp_path / "work")
+
+
+@needed
+def test_a_tokenizer_that_llama_cpp_cuts_otherwise_is_refused_at_the_start(monkeypatch):
+    form, config = module.GGUF(), tiny("llama").config
+    assert form.refuses_tokenizer(byte_tokenizer(), config) is None
+    monkeypatch.setattr("compress.formats.gguf_tokenizer._pre_tokenizer", lambda tokenizer: "smollm")
+    assert "llama.cpp cuts a text into other tokens" in form.refuses_tokenizer(byte_tokenizer(), config)
 
 
 @needed

@@ -213,8 +213,17 @@ def test_a_folder_that_is_no_model_is_refused_before_anything_is_measured(pair, 
 @pytest.mark.usefixtures("toy")
 def test_what_cannot_be_measured_is_refused_when_the_recipe_is_read(benchmark, sentence, monkeypatch):
     monkeypatch.setattr(Toy, "absent", "install compress[toy].")
+    monkeypatch.setattr(Toy, "exports", ())
     with pytest.raises(RecipeError, match=sentence):
         Recipe.from_dict({"model": "builtin:tiny", "passes": [{"rtn": {}}], "benchmark": benchmark})
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_runtime_whose_export_is_not_written_is_refused():
+    values = {"model": "builtin:tiny", "passes": [{"rtn": {}}], "benchmark": {"runtimes": ["toy"]}}
+    with pytest.raises(RecipeError, match="add toy to export"):
+        Recipe.from_dict(values)
+    Recipe.from_dict({**values, "passes": []})  # of models that are there, the exports may be
 
 
 @pytest.mark.usefixtures("toy")
