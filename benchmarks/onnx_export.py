@@ -21,7 +21,7 @@ import copy
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -83,11 +83,11 @@ def opened(folder: Path) -> Engine:
     return OnnxRuntime().open(folder, threads=torch.get_num_threads(), device="cpu")
 
 
-def divergences(engine: Engine, exact: bool, original: PreTrainedModel, windows: torch.Tensor) -> dict[str, Any]:
-    """KL (original || engine), its interval, and the gap of log-perplexities, nats a token."""
+def divergences(logits: Callable[[list[int]], Any], original: PreTrainedModel, windows: torch.Tensor) -> dict[str, Any]:
+    """KL (original || what gives these logits), its interval, and the gap of log-perplexities, nats a token."""
     kl, gap, tokens = [], [], []
     for row in windows:
-        found = engine.exact_logits(row.tolist()) if exact else engine.logits(row.tolist())
+        found = logits(row.tolist())
         with torch.inference_mode():
             p = original(input_ids=row[None]).logits[0, :-1].float().log_softmax(-1)
         q = torch.from_numpy(np.asarray(found))[:-1].log_softmax(-1)
@@ -183,8 +183,10 @@ def of_grid(
         for name, folder in folders.items():
             row: dict[str, Any] = {**grid, "rounding": name, "bytes": (folder / "model.onnx.data").stat().st_size}
             if evaluation is not None:
-                row["deployed"] = divergences(engines[name], False, original, evaluation)
-                row["exact"] = divergences(engines[name], True, original, evaluation)
+                exact = OnnxRuntime().exact(folder, threads=torch.get_num_threads())
+                assert exact is not None
+                row["deployed"] = divergences(engines[name].logits, original, evaluation)
+                row["exact"] = divergences(exact, original, evaluation)
             rows.append(row)
         rows.append({**grid, "rounding": "compress.load", "bytes": None})
         times = speeds(engines, prompt, options.rounds, options.new)

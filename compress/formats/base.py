@@ -126,7 +126,7 @@ class Format(ABC):
         return 1e-3
 
     def allowed_exactly(self, contents: Contents) -> float:
-        """As `allowed_difference`, of `Engine.exact_logits`: what is left is what the model in memory rounds itself,
+        """As `allowed_difference`, of `Runtime.exact`: what is left is what the model in memory rounds itself,
         everything to 16 bits, or the weights of asymmetric grids, which it multiplies in their scales' dtype."""
         if contents.dtype != torch.float32:
             return 0.2 if contents.dtype == torch.bfloat16 else 0.03

@@ -38,11 +38,6 @@ class Engine(ABC):
         """float32 `[len(ids), vocabulary]`: after each token, what comes next. None where the engine does not tell.
         The cache is empty before and afterwards."""
 
-    def exact_logits(self, ids: Sequence[int]) -> np.ndarray | None:
-        """As `logits`, by the same file in arithmetic that rounds nothing but the weights; None where the engine has
-        no other arithmetic than its own. It shows that a difference is the arithmetic's, not the file's."""
-        return None
-
     def tokens(self, text: str, special: bool = False) -> list[int] | None:
         """The text's token ids, with those that stand at its ends if `special`; None without a tokenizer."""
         return None

@@ -193,16 +193,20 @@ def _opened(job: dict[str, Any], out: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    engine = RUNTIMES.get(job["runtime"])().open(Path(job["folder"]), threads=job["threads"], device="cpu")
+    runtime, folder = RUNTIMES.get(job["runtime"])(), Path(job["folder"])
+    ids = load_file(out / "ids.safetensors")["ids"].tolist()
+    engine = runtime.open(folder, threads=job["threads"], device="cpu")
     try:
-        ids = load_file(out / "ids.safetensors")["ids"].tolist()
-        rows, exact = [engine.logits(row) for row in ids], [engine.exact_logits(row) for row in ids]
+        rows = [engine.logits(row) for row in ids]
         tokens = [[engine.tokens(text, special=special) for special in (False, True)] for text in job["texts"]]
     finally:
         engine.close()
     if any(row is None for row in rows):
         raise CompressError("its engine tells no logits, so nothing can be compared")
-    found = {"output": rows} if any(row is None for row in exact) else {"output": rows, "exact": exact}
+    found = {"output": rows}
+    exact = runtime.exact(folder, threads=job["threads"])  # once the engine has given back what it held
+    if exact is not None:
+        found["exact"] = [exact(row) for row in ids]
     save_file({name: torch.from_numpy(np.stack(each)) for name, each in found.items()}, out / "output.safetensors")
     return {"tokens": None if any(None in pair for pair in tokens) else tokens}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
 from compress.measure.engine import Engine
-from compress.measure.runtimes import Runtime, first_line
+from compress.measure.runtimes import Logits, Runtime, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +41,9 @@ class OnnxRuntime(Runtime):
             raise CompressError(f"onnxruntime runs on the CPU here, not on {device}: use device: cpu.")
         return OnnxEngine(folder, threads)
 
+    def exact(self, folder: Path, *, threads: int) -> Logits | None:
+        return exact_session(folder, threads)
+
 
 class OnnxEngine(Engine):
     """A model in ONNX Runtime GenAI. Keys and values lie in room that is made for `ROOM` tokens beyond the prompt."""
@@ -68,7 +71,6 @@ class OnnxEngine(Engine):
         self._unread: list[int] = []  # the tokens written last
         self._rows = self._room = 0
         self._tokenizer: Any = None
-        self._exact: Any = None
 
     def logits(self, ids: Sequence[int]) -> np.ndarray | None:
         self._empty()
@@ -78,13 +80,6 @@ class OnnxEngine(Engine):
         found = np.array(self._generator.get_output("logits")[0], dtype=np.float32)
         self._empty()
         return found
-
-    def exact_logits(self, ids: Sequence[int]) -> np.ndarray | None:
-        import numpy as np
-
-        if self._exact is None:
-            self._exact = exact_session(self.folder, self.threads)
-        return np.asarray(self._exact(np.asarray([list(ids)], dtype=np.int64))[0], dtype=np.float32)
 
     def tokens(self, text: str, special: bool = False) -> list[int] | None:
         if self._tokenizer is None:
@@ -151,11 +146,11 @@ class OnnxEngine(Engine):
 
     def close(self) -> None:
         self._empty()
-        self._tokenizer = self._exact = self._model = None
+        self._tokenizer = self._model = None
 
 
-def exact_session(folder: Path, threads: int) -> Any:
-    """The export without the rounding of its layers' inputs: a function of ids [rows, n] that gives logits.
+def exact_session(folder: Path, threads: int) -> Logits:
+    """The export without the rounding of its layers' inputs.
 
     Plain ONNX Runtime runs it, from the same weights, with each `MatMulNBits` at the level that multiplies float32.
     """
@@ -176,14 +171,15 @@ def exact_session(folder: Path, threads: int) -> Any:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def run(ids: np.ndarray) -> np.ndarray:
+    def run(tokens: Sequence[int]) -> np.ndarray:
+        ids = np.asarray([list(tokens)], dtype=np.int64)
         feeds: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         for each in session.get_inputs():
             if each.name == "position_ids":
-                feeds[each.name] = np.tile(np.arange(ids.shape[1], dtype=np.int64), (len(ids), 1))
+                feeds[each.name] = np.arange(ids.shape[1], dtype=np.int64)[None]
             elif each.name.startswith("past_key_values"):
-                feeds[each.name] = np.zeros((len(ids), each.shape[1], 0, each.shape[3]), np.float32)
-        found: np.ndarray = session.run(["logits"], feeds)[0]
+                feeds[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
+        found: np.ndarray = session.run(["logits"], feeds)[0][0]
         return found
 
     return run
