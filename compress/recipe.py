@@ -273,10 +273,10 @@ def _build(document: Document, name: str, overrides: Sequence[str], replaced: Ma
         place = document.where(("passes", index, passes[index].name)).removesuffix(": ")
         check.problems.append(f"{place or step_name(passes, index)} {sentence}")
     _requirements(check, passes, data, benchmark)
-    for index, name in enumerate(benchmark.runtimes if benchmark and passes else ()):
-        opens = RUNTIMES.get(name).exports if name in RUNTIMES else ()
+    for index, runtime in enumerate(benchmark.runtimes if benchmark and passes else ()):
+        opens = RUNTIMES.get(runtime).exports if runtime in RUNTIMES else ()
         if opens and not set(opens) & set(shell.export):
-            sentence = f"{name} opens what export writes as {' or '.join(opens)}: add {opens[0]} to export."
+            sentence = f"{runtime} opens what export writes as {' or '.join(opens)}: add {opens[0]} to export."
             check.problem(("benchmark", "runtimes", index), sentence)
     for index, step in enumerate(passes):
         if step.needs_training and shell.residency == "disk":

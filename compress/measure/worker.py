@@ -81,12 +81,22 @@ def quality(job: Job) -> Result:
             )
             records = {"mass": mass} if reference is not None else {}
         else:
-            scores = window_scores(model, inputs["windows"], reference=reference, mask=inputs.get("mask"))
+            told = partial(_windows_done, job, len(inputs["windows"]))
+            scores = window_scores(model, inputs["windows"], reference=reference, mask=inputs.get("mask"), told=told)
         records |= {key: value for key, value in vars(scores).items() if value is not None}
         del reference
     if job.get("items") or job.get("prompts"):
         values |= _answers(job, folder, model)
     return values, records
+
+
+def _windows_done(job: Job, windows: int, done: int) -> None:
+    tell(job, done, windows, "windows of text")
+
+
+def items_of(job: Job) -> int:
+    """How many test items a job has."""
+    return sum(len(items) for items in job["items"].values())
 
 
 def _answers(job: Job, folder: Path, model: Any) -> dict[str, Any]:
@@ -97,7 +107,10 @@ def _answers(job: Job, folder: Path, model: Any) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(folder)
     context = context_length(model.config)
-    correct = {area: score_items(model, tokenizer, items, context=context) for area, items in job["items"].items()}
+    correct: dict[str, list[int]] = {}
+    for area, items in job["items"].items():
+        tell(job, sum(map(len, correct.values())), items_of(job), f"items: {area}")
+        correct[area] = score_items(model, tokenizer, items, context=context)
     texts = []
     for prompt in job["prompts"]:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(job["device"])

@@ -17,7 +17,7 @@ from compress.measure.comparison import compare, original_figures
 from compress.measure.measurements import BenchmarkJob, SpeedSettings
 from compress.measure.running import artifact
 from compress.measure.runtimes import Runtime, Transformers
-from compress.progress import Progress
+from compress.progress import Progress, Step
 from compress.recipe import Recipe
 from compress.registry import RUNTIMES
 from compress.reports.report import Report
@@ -249,3 +249,31 @@ def test_a_measurement_is_known_by_the_content_of_its_model(pair, jobs, tmp_path
     measure_original(str(moved), job=job, workdir=tmp_path / "work")
     measure_original(str(moved), job=dataclasses.replace(job, threads=2), workdir=tmp_path / "work")
     assert jobs == ["quality"] * 3
+
+
+@pytest.mark.usefixtures("jobs")
+def test_a_job_tells_how_far_it_is(pair, windows, items, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(worker, "tell", lambda job, *said: told.append((job["kind"], *said)))
+    job = BenchmarkJob(windows=windows, items=items, threads=1, speed=SPEED)
+    measure_original(str(pair[0]), job=job, workdir=tmp_path, speed=True)
+    kinds = {kind for kind, *_ in told}
+    assert kinds == {"quality", "speed"}
+    assert ("quality", len(windows), len(windows), "windows of text") in told
+    assert ("quality", 24, 36, "items: exact") in told
+    assert [said[1:3] for said in told if said[0] == "speed"] == [(done, 12) for done in range(1, 13)]
+
+
+def test_what_a_job_tells_moves_the_step_of_whoever_waits(tmp_path):
+    from compress.measure.jobs import _tell
+
+    class Seen(Step):
+        def at(self, *said):
+            self.said = said
+
+    seen = Seen()
+    _tell(tmp_path / "progress", seen)  # nothing is there yet
+    worker.tell({"progress": str(tmp_path / "progress")}, 1, 4, "a")
+    worker.tell({"progress": str(tmp_path / "progress")}, 2, 4, "b")
+    _tell(tmp_path / "progress", seen)
+    assert seen.said == (2, 4, "b")
