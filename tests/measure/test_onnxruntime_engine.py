@@ -161,6 +161,7 @@ def test_an_export_with_a_wrong_scale_is_not_verified(tmp_path):
         verify_export(tmp_path, entry, ids, logits, None, workdir=tmp_path / "work")
 
 
+@pytest.mark.slow
 def test_an_export_that_does_not_open_is_not_verified(tmp_path):
     folder = exported(tmp_path / "exports" / "onnx", tiny_model("llama"))
     told = json.loads((folder / "genai_config.json").read_text())
