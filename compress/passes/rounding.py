@@ -77,16 +77,14 @@ class RoundingPass(BlockPass):
     #: `block.layer` -> bits, in the copy of a pass with a budget that does the work.
     _allocation: dict[str, int] | None = PrivateAttr(default=None)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _named_grid(cls, values: Any) -> Any:
-        name = values.get("grid") if isinstance(values, Mapping) else None
-        if not isinstance(name, str) or name not in NAMED_GRIDS:
-            return values
-        for option, value in NAMED_GRIDS[name].items():
-            if values.get(option, value) != value:
-                raise ValueError(f"grid {name} is {option} {value}, and {option} is {values[option]}: leave it out")
-        return {**values, **NAMED_GRIDS[name]}
+    @model_validator(mode="after")
+    def _named_grid(self) -> Self:
+        for option, value in NAMED_GRIDS[self.grid].items() if self.grid is not None else ():
+            given = getattr(self, option)
+            if option in self.model_fields_set and given != value:
+                raise ValueError(f"grid {self.grid} is {option} {value}, and {option} is {given}: leave it out")
+            self.__dict__[option] = value  # the object is frozen once it is made; this is its making
+        return self
 
     @field_validator("group_size")
     @classmethod
