@@ -3,8 +3,8 @@
     ids -> embedding -> [norm -> attention -> norm -> gated MLP] x layers -> norm -> head -> logits
 
 Operators of the domain com.microsoft are what counts: `MatMulNBits` multiplies with packed codes, `GroupQueryAttention`
-rotates, attends and keeps keys and values, `SkipSimplifiedLayerNormalization` adds and norms at once. All arithmetic is
-float32. Weights are named as in the model's state dict and are not in the graph: `compress.formats.onnx` places them in
+rotates, attends and keeps keys and values, `SkipSimplifiedLayerNormalization` adds and norms at once. What goes between
+them is float32. Weights are named as in the state dict and are not in the graph: `compress.formats.onnx` places them in
 the file beside it.
 """
 
