@@ -19,7 +19,7 @@ from compress.recipe_changes import decisive, differences
 from compress.recipe_check import Checker, check_order, plain, step_name
 from compress.recipe_goals import TEXT_METRICS, VARIED, Goal, known_metric, parse_goal, parse_size
 from compress.recipe_yaml import Document, Place
-from compress.registry import FORMATS, METRICS, PASSES, RUNTIMES, yaml_words
+from compress.registry import FORMATS, METRICS, PASSES, yaml_words
 
 if TYPE_CHECKING:
     from compress.passes.base import Pass
@@ -28,7 +28,6 @@ else:
 
 __all__ = [
     "Benchmark", "Data", "DataEntry", "Goal", "Recipe", "check_order", "differences", "parse_goal", "parse_size",
-    "starter_recipe",
 ]  # fmt: skip
 
 Role = Literal["calibration", "evaluation", "training"]
@@ -115,6 +114,12 @@ class Benchmark(_Section):
     and marked as estimated."""
     prompts: tuple[str, ...] = ()
     """Texts to continue with both models; the report shows them side by side."""
+
+    def variants(self) -> set[str]:
+        """What stands behind the names of speeds and memory: `llama.cpp`, `batch 4`, `prompt 2048`."""
+        found = {name for name in self.runtimes if name != "transformers"}
+        found |= {f"batch {batch}" for batch in self.batches if batch > 1}
+        return found | {f"prompt {length}" for length in self.prompt_tokens}
 
     def parsed_goals(self) -> list[Goal]:
         return [parse_goal(metric, value) for metric, value in self.goals.items()]
@@ -273,11 +278,8 @@ def _build(document: Document, name: str, overrides: Sequence[str], replaced: Ma
         place = document.where(("passes", index, passes[index].name)).removesuffix(": ")
         check.problems.append(f"{place or step_name(passes, index)} {sentence}")
     _requirements(check, passes, data, benchmark)
-    for index, runtime in enumerate(benchmark.runtimes if benchmark and passes else ()):
-        opens = RUNTIMES.get(runtime).exports if runtime in RUNTIMES else ()
-        if opens and not set(opens) & set(shell.export):
-            sentence = f"{runtime} opens what export writes as {' or '.join(opens)}: add {opens[0]} to export."
-            check.problem(("benchmark", "runtimes", index), sentence)
+    if benchmark:
+        check.runtimes(("benchmark", "runtimes"), benchmark.runtimes, shell.export if passes else None)
     for index, step in enumerate(passes):
         if step.needs_training and shell.residency == "disk":
             sentence = f"{step.name} trains the whole model at once: use residency: memory, or leave it out."
@@ -328,10 +330,7 @@ def _benchmark(
     if benchmark is None:
         return None
     check.names(("benchmark", "metrics"), benchmark.metrics or (), METRICS)
-    check.names(("benchmark", "runtimes"), benchmark.runtimes, RUNTIMES)
-    for index, runtime in enumerate(benchmark.runtimes):
-        if runtime in RUNTIMES and (missing := RUNTIMES.get(runtime)().missing()):
-            check.problem(("benchmark", "runtimes", index), f"{runtime} cannot run here: {missing}")
+    measured = benchmark.variants()
     for metric, goal in benchmark.goals.items():
         place = ("benchmark", "goals", metric)
         try:
@@ -340,21 +339,13 @@ def _benchmark(
             check.problem(place, str(error))
             continue
         family, _, variant = metric.partition("/")
-        if family in VARIED and variant and not _varies(variant, benchmark):
+        if family in VARIED and variant and set(variant.split(", ")) - measured:
             check.problem(place, f"{variant} is not measured; name it in benchmark.batches, prompt_tokens or runtimes.")
         if known_metric(metric) and benchmark.metrics is not None and family not in benchmark.metrics:
             check.problem(place, f"{family} is not measured; add it to benchmark.metrics.")
     given = benchmark.tasks or ((home,) if home else ())
     tasks = [check.source(("benchmark", "tasks", index), task, builtin, hub=False) for index, task in enumerate(given)]
     return benchmark.model_copy(update={"tasks": tuple(tasks)})
-
-
-def _varies(variant: str, benchmark: Benchmark) -> bool:
-    """Whether `llama.cpp`, `batch 4` or `llama.cpp, batch 4, prompt 2048` is among what is measured."""
-    known = {name for name in benchmark.runtimes if name != "transformers"}
-    known |= {f"batch {batch}" for batch in benchmark.batches if batch > 1}
-    known |= {f"prompt {length}" for length in benchmark.prompt_tokens}
-    return set(variant.split(", ")) <= known
 
 
 def _requirements(check: Checker, passes: Sequence[Pass], data: Data, benchmark: Benchmark | Literal[False]) -> None:
@@ -377,37 +368,3 @@ def _requirements(check: Checker, passes: Sequence[Pass], data: Data, benchmark:
             check.problem(place, f"{metric} needs text: give data.evaluation a .txt or .jsonl file.")
         if metric.partition("/")[0] == "accuracy" and not benchmark.tasks:
             check.problem(place, f"{metric} needs test items: give benchmark.tasks a .jsonl file of them.")
-
-
-def starter_recipe(model: str) -> str:
-    """A commented recipe for `model`, ready to run: what `compress init MODEL` prints."""
-    builtin = model.startswith("builtin:")
-    commented = "" if builtin else "# "
-    step, what = ("gptq", "calibrated rounding") if builtin else ("rtn", "rounding without data (gptq: with)")
-    return f"""\
-# Run it with: compress run recipe.yaml        What it will cost: compress plan recipe.yaml
-model: {json.dumps(model)}   # hub id, local folder or builtin:tiny
-
-# Text. A .txt or .jsonl file, or a Hugging Face dataset id; paths start from this file's folder.
-{commented}data:
-{commented}  calibration: {model if builtin else "calibration.jsonl"}   # what gptq and wanda look at
-{commented}  evaluation: {model if builtin else "evaluation.jsonl"}   # what quality is measured on; must be other text
-
-# What is done to the model, in this order. `compress passes` lists them all, `compress passes gptq` one's options.
-passes:
-  - {step}:   # {what}
-      bits: 4          # 2, 3, 4 or 8
-      group_size: 64   # weights that share a scale; must divide the columns of the layers; -1: per channel
-
-# What is measured on the original and on the result. Left out: everything cheap. `benchmark: false`: nothing.
-# benchmark:
-#   tasks: [items.jsonl]   # test items: question + choices + label, good + bad, or prompt + completion
-#   goals:                 # the run ends with exit code 3 where one is missed
-#     perplexity: +2%
-#     weights_bytes: -60%
-
-# output: runs/my-model   # default: runs/<this file's name>
-# residency: disk         # read one block at a time: for models larger than the memory
-# memory: 8GB             # refuse to start if the plan needs more
-seed: 0
-"""
