@@ -19,6 +19,7 @@ from compress.formats.folder import default_format, packed_export_note, write_mo
 from compress.measure.benchmark import generations, measure_compressed, measure_original
 from compress.measure.comparison import compare, original_figures
 from compress.measure.environment import environment
+from compress.measure.flips import flips, worst
 from compress.measure.goals import check_goals
 from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
 from compress.measure.verification import verify
@@ -79,6 +80,7 @@ def run(
             report.compressed = found.figures
             report.comparison = compare(original, found, seed=recipe.seed)
             report.generations = generations(ready.job, original, found)
+            report.flips, report.worst = flips(original, found), worst(found)
             report.goals = check_goals(_goals(recipe), report.original, report.compressed)
             report.notes += [*original.notes, *found.notes]
         report.write(ready.output)

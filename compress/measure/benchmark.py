@@ -14,6 +14,7 @@ from compress.errors import StartError
 from compress.locating import adapter_beside
 from compress.measure.jobs import JobResult, fingerprint, key_of, run_job
 from compress.measure.measurements import BenchmarkJob, Measurements
+from compress.measure.quality import quality
 from compress.progress import Progress
 from compress.registry import METRICS
 from compress.reports.report import Figure, Other, Report
@@ -21,11 +22,8 @@ from compress.reports.report import Figure, Other, Report
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.measure.vocabularies import Pairing
-
 #: Prompt and new tokens of the memory measurement.
 MEMORY_PROMPT, MEMORY_TOKENS = 16, 8
-PROMPT_TOKENS = 48
 #: Models up to this size have their memory measured while their quality is.
 BESIDE_LIMIT = 500_000_000
 
@@ -47,7 +45,7 @@ def measure_original(
     with (progress or Progress()).step("measuring the original", total=2 + speed) as step:
         key = key_of(state, job.device, job.threads, job.dtype)
         with _meanwhile(partial(_memory, found, job, workdir, dtype=job.dtype, key=key), job, found):
-            _quality(found, job, workdir, state, causal=causal, original=None)
+            quality(found, job, workdir, state, causal=causal, original=None)
             step.advance("quality")
         step.advance("memory")
         if speed:
@@ -81,7 +79,7 @@ def measure_compressed(
     state = key_of(fingerprint(first.folder), fingerprint(found.folder))
     with (progress or Progress()).step("measuring the compressed model", total=3) as step:
         with _meanwhile(partial(_memory, found, job, workdir, dtype="auto", key=None), job, first):
-            _quality(found, job, workdir, state, causal=causal, original=first)
+            quality(found, job, workdir, state, causal=causal, original=first)
             step.advance("quality")
         step.advance("memory")
         _speed(found, first, job, workdir)
@@ -103,6 +101,7 @@ def benchmark(
     the rest."""
     from compress.measure.comparison import compare, original_figures
     from compress.measure.environment import environment
+    from compress.measure.flips import flips, worst
 
     if not models:
         raise StartError("compress benchmark needs a model: the original, then those to compare with it.")
@@ -117,9 +116,12 @@ def benchmark(
             report.original = original_figures(first, found)
             report.compressed, report.comparison = found.figures, compare(first, found, seed=job.seed)
             report.generations = generations(job, first, found)
+            report.flips, report.worst = flips(first, found), worst(found)
         else:
-            entry = Other(model=model, measurements=found.figures, comparison=compare(first, found, seed=job.seed))
-            report.others.append(entry)
+            compared = compare(first, found, seed=job.seed)
+            other = Other(model=model, measurements=found.figures, comparison=compared)
+            other.flips, other.worst = flips(first, found), worst(found)
+            report.others.append(other)
     return report
 
 
@@ -141,61 +143,6 @@ def _meanwhile(work: Callable[[], None], job: BenchmarkJob, largest: Measurement
         running = pool.submit(work)
         yield
         running.result()
-
-
-def _quality(
-    found: Measurements, job: BenchmarkJob, workdir: Path, state: str, *, causal: bool, original: Measurements | None
-) -> None:
-    """Fills in the records of windows and items, and the count of parameters."""
-    headless = "the model has no head that gives next-token probabilities"
-    text = causal and job.windows is not None and (job.wants("text") or job.wants("reference"))
-    asked = causal and job.wants("items")
-    reference = text and original is not None and job.wants("reference")
-    found.reasons["text"] = headless if not causal else job.windows_reason
-    found.reasons["reference"] = headless if not causal else job.windows_reason
-    found.reasons["items"] = headless if not causal else "no items were given (benchmark.tasks)"
-    items = {area: [dict(item) for item in entries] for area, entries in job.items.items()} if asked else {}
-    request = {
-        "kind": "quality", "model": str(found.folder), "dtype": "auto" if original else job.dtype,
-        "reference": str(original.folder) if reference and original else None, "reference_dtype": job.dtype,
-        "items": items, "prompts": list(job.prompts) if causal else [], "prompt_tokens": PROMPT_TOKENS,
-        "device": job.device, "threads": job.threads, "seed": job.seed,
-    }  # fmt: skip
-    inputs: dict[str, Tensor] = {}
-    if text and job.windows is not None:
-        inputs = {"windows": job.windows} if job.mask is None else {"windows": job.windows, "mask": job.mask}
-    pairing = _paired(original, found, job) if text and original is not None else None
-    if pairing is not None:
-        inputs |= {"new_windows": pairing.windows, "token_of": pairing.token_of, "shared": pairing.shared}
-    result = run_job(request, workdir, inputs=inputs, key=key_of(state, request, *inputs.values()))
-    if pairing is not None:
-        found.notes.append(_vocabulary_note(pairing, result.records))
-    _take(found, result, ("text", "reference", "items", "files"))
-    found.records |= {key: value.numpy() for key, value in result.records.items()}
-    found.records["parameters"] = [result.values["parameters"]]
-    found.generations = result.values.get("generations", [])
-    correct = result.values.get("correct")
-    if correct:
-        found.records["correct"] = [score for scores in correct.values() for score in scores]
-        found.records["area"] = [area for area, scores in correct.items() for _ in scores]
-
-
-def _paired(original: Measurements, found: Measurements, job: BenchmarkJob) -> Pairing | None:
-    """The windows in the new model's tokens, where its tokenizer was cut."""
-    from compress.locating import context_length
-    from compress.measure.runtimes import read_config
-    from compress.measure.vocabularies import pair
-
-    assert job.windows is not None
-    context = context_length(read_config(found.folder))
-    return pair(original.folder, found.folder, job.windows, job.mask, context)
-
-
-def _vocabulary_note(pairing: Pairing, records: Mapping[str, Tensor]) -> str:
-    from compress.measure.vocabularies import note
-
-    tokens = float(records["tokens"].sum())
-    return note(pairing, float(records["mass"].sum()) / tokens if "mass" in records else None)
 
 
 def _memory(found: Measurements, job: BenchmarkJob, workdir: Path, *, dtype: str, key: str | None) -> None:
@@ -281,11 +228,17 @@ def _figures(found: Measurements, job: BenchmarkJob, *, is_original: bool) -> No
         if is_original and metric.of_original is not None:
             found.figures[name] = _by_definition(metric, found)
             continue
+        if "reference_text_nll" in found.records and name == "bits_per_byte":
+            before = {key: found.records[f"reference_{key}"] for key in ("text_nll", "text_bytes")}
+            beside = figure_of(metric, name, before, found)
+            assert beside is not None
+            found.beside_figures[name] = beside
         figure = figure_of(metric, name, found.records, found)
         if figure is not None:
             found.figures[name] = figure
             for area, entry in figure.detail.get("areas", {}).items():
-                found.figures[f"{name}/{area}"] = _like(figure, entry)
+                detail = {"metrics": found.task_metrics[area]} if area in found.task_metrics else {}
+                found.figures[f"{name}/{area}"] = _like(figure, {**entry, "detail": detail})
             if "areas" in figure.detail:
                 found.figures[name] = figure.model_copy(update={"detail": {}})
         if "speed" in metric.needs and found.beside:
