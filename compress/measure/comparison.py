@@ -197,7 +197,7 @@ def _shower(unit: str, largest: float) -> tuple[Callable[[float], str], str]:
             return (lambda value: f"{100 * value:.1f}"), " points"
         case "s" if largest < 1:
             return (lambda value: number(1000 * value)), " ms"
-        case "" | "perplexity":
+        case "" | "perplexity" | "bits/byte":
             return number, ""
         case "tokens/s":
             return number, " tok/s"

@@ -55,6 +55,7 @@ def score_tasks(
 def _runner(model: Any, tokenizer: Any, context: int) -> Any:
     import logging
 
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -63,7 +64,8 @@ def _runner(model: Any, tokenizer: Any, context: int) -> Any:
         """The harness's own class, but that a model with a packed cache reads through it."""
 
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
-            return forward(self.model, inps)
+            with torch.inference_mode():
+                return forward(self.model, inps)
 
     size = max(1, min(BATCH, LOGITS_BUDGET // (context * vocabulary_of(model))))
     return Runner(

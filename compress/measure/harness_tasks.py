@@ -124,8 +124,8 @@ def _loaded(task: str) -> Iterator[tuple[str, Any]]:
         if is_task_file(task):
             config = read_task_file(Path(task))
             manager = _manager(False)
-            if "group" in config:  # its members lie beside it, or in the package
-                manager = _manager(True, Path(task).parent)
+            if "group" in config:
+                manager, config = _with_members(Path(task).parent, config)
             result, name = manager.load([config]), str(config.get("group") or config["task"])
         else:
             files = known_tasks().get(task, ())
@@ -143,6 +143,23 @@ def _loaded(task: str) -> Iterator[tuple[str, Any]]:
     for leaf, loaded in result["tasks"].items():
         plain = leaf.replace("/", "_")
         yield (plain if alone else f"{name.replace('/', '_')}/{plain}"), loaded
+
+
+def _with_members(folder: Path, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The tasks that a group in a file can name, which lie beside it or in the package, and the group with those beside
+    it read like any other file."""
+    listed = config.get("task")
+    members = listed if isinstance(listed, list) else [listed]
+    manager = _manager(False, folder)
+    if any(isinstance(member, str) and member not in manager.task_index for member in members):
+        manager = _manager(True, folder)
+    found: list[Any] = []
+    for member in members:
+        entry = manager.task_index.get(member) if isinstance(member, str) else None
+        beside = entry is not None and entry.yaml_path is not None and folder.resolve() in entry.yaml_path.parents
+        own = read_task_file(entry.yaml_path) if entry is not None and beside else {}
+        found.append(own if "task" in own and "group" not in own else member)
+    return manager, {**config, "task": found}
 
 
 def _why(task: str, config: Mapping[str, Any], error: BaseException) -> str:
