@@ -80,7 +80,7 @@ def context_length(config: Any) -> int | None:
 
 def one_class(config: Any) -> bool:
     """Whether a model that classifies says one class of several for a text, not a number or any number of labels."""
-    several = config.problem_type not in ("regression", "multi_label_classification")
+    several = getattr(config, "problem_type", None) not in ("regression", "multi_label_classification")
     return several and len(classes_of(config) or ()) > 1
 
 

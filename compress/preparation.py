@@ -29,6 +29,7 @@ from compress.planning import Plan, plan, refuse
 from compress.recipe import ROLES, Data, Recipe, Role
 from compress.recipe_check import of_harness
 from compress.registry import METRICS
+from compress.text import SKIP_HINT
 from compress.workspace import Workspace, fingerprint_folder
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def benchmark_tasks(recipe: Recipe) -> tuple[dict[str, list[dict[str, Any]]], tu
         try:
             found = items(task, recipe.base)
         except CompressError as error:
-            raise StartError(f"benchmark.tasks: {error}") from error
+            raise StartError(f"benchmark.tasks: {str(error).removesuffix(SKIP_HINT)}") from error
         for item in found:
             area = item["area"]
             _claim(owner, area, task)

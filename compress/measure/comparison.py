@@ -15,6 +15,7 @@ from compress.errors import CompressError
 from compress.measure import statistics
 from compress.measure.measurements import Measurements
 from compress.measure.statistics import Interval, Verdict
+from compress.registry import HUB
 from compress.reports.report import Comparison, Figure
 from compress.reports.units import human, number
 
@@ -114,6 +115,8 @@ def _compared(
     delta = b.value - a.value
     ratio = b.value / a.value if a.value else None
     higher = bool(a.higher_is_better)
+    if name.startswith(HUB):
+        return Comparison(delta=delta, ratio=ratio, sentence="not tested: the metric gives no score to single items")
     interval, words = _interval(name, original, compressed, seed)
     if interval is None:
         return _single(name, a, delta, ratio)
@@ -138,6 +141,7 @@ def _interval(name: str, original: Measurements, compressed: Measurements, seed:
         return found, f"{found.n} windows"
     if base == "bits_per_byte":
         before = b["reference_text_nll"] if "reference_text_nll" in b else a["text_nll"]
+        before = b["reference_nll"] if "mass" in b else before  # over the tokens that b has
         bits = [np.asarray(nll) / np.log(2) for nll in (before, b["text_nll"])]
         found = statistics.ratio_interval(bits[1] - bits[0], b["text_bytes"], seed=seed)
         return found, f"{found.n} windows"

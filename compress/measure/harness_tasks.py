@@ -14,6 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,9 @@ def _check(area: str, task: str, loaded: Any) -> None:
 
 
 def fingerprint_tasks(tasks: Mapping[str, Any]) -> str:
-    """sha256 (hex) of the items and the settings of tasks: the same for the same questions."""
-    found = hashlib.sha256()
+    """sha256 (hex) of the items and the settings of tasks, and of the harness's version: the same for the same
+    questions."""
+    found = hashlib.sha256(version("lm-eval").encode())
     for area, task in tasks.items():
         found.update(f"{area}\0{json.dumps(task.dump_config(), sort_keys=True, default=str)}\0".encode())
         for item in task.eval_docs:

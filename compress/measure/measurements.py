@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.registry import METRICS
+from compress.registry import HUB, METRICS
 from compress.reports.report import Figure
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class BenchmarkJob:
         if self.metrics is None:
             left_out = {"answers"} if self.labels is not None else {"answers", "classes"}
             return [name for name in METRICS.names() if not left_out & set(METRICS.get(name).needs)]
-        return list(dict.fromkeys(name.split("/")[0] for name in self.metrics))
+        return list(dict.fromkeys(name if name.startswith(HUB) else name.split("/")[0] for name in self.metrics))
 
 
 @dataclass

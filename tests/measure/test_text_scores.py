@@ -1,11 +1,15 @@
 import random
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from compress.errors import StartError
 from compress.measure import text_scores
+from compress.measure.comparison import compare
+from compress.measure.measurements import BenchmarkJob, Measurements
 from compress.registry import METRICS
+from compress.reports.report import Figure
 
 
 def slow_rouge_l(written: str, wanted: str) -> float:
@@ -80,3 +84,11 @@ def test_a_metric_of_the_hub_is_given_all_answers_at_once(monkeypatch):
     metric = METRICS.get("hub:counted")
     assert metric.metric == "hub:counted"
     assert metric().compute(predictions=["a", "b"], references=["a", "c"]) == {"value": 1.0, "stderr": None, "n": 2}
+    job = BenchmarkJob(metrics=("hub:counted", "accuracy/facts"))
+    assert job.names() == ["hub:counted", "accuracy"]
+    models = [
+        Measurements("m", Path(), {"hub:counted": Figure(value=value, unit="", higher_is_better=True)})
+        for value in (1, 2)
+    ]
+    compared = compare(*models)["hub:counted"]
+    assert (compared.delta, compared.verdict) == (1, "not_tested")

@@ -11,7 +11,7 @@ from compress.reports.report import Flips, Report, WorstText
 SHOWN = 5
 
 
-def markdown_changes(report: Report, plain: Callable[[str], str]) -> list[str]:
+def markdown_fidelity(report: Report, plain: Callable[[str], str]) -> list[str]:
     """The parts of `report.md`; `plain` makes any text harmless in it."""
     return [*_flips(report.flips, plain), *_worst(report.worst, plain)]
 
