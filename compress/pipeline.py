@@ -21,6 +21,7 @@ from compress.measure.comparison import compare, original_figures
 from compress.measure.environment import environment
 from compress.measure.flips import flips, worst
 from compress.measure.goals import check_goals
+from compress.measure.jobs import cache_folder
 from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
 from compress.measure.verification import verify
 from compress.model import ModelHandle
@@ -69,7 +70,9 @@ def run(
         scratch = work.hidden / "measure"
         original = None
         if ready.job is not None:
-            original = measure_original(str(ready.folder), job=ready.job, workdir=scratch, progress=progress)
+            original = measure_original(
+                str(ready.folder), job=ready.job, workdir=scratch, progress=progress, kept_in=cache_folder()
+            )
         stages, verified, notes = _compress(recipe, ready, work, progress)
         report = _report(recipe, ready, stages, verified, notes)
         if original is not None and ready.job is not None:

@@ -23,7 +23,7 @@ from compress.data import (
 from compress.errors import CompressError, StartError
 from compress.images import image_windows, random_images, read_processor, reads_images
 from compress.locating import classes_of, context_length, locate, one_class
-from compress.measure.measurements import BenchmarkJob
+from compress.measure.measurements import BenchmarkJob, SpeedSettings
 from compress.opening import read_config, read_tokenizer, refuse_quantized
 from compress.planning import Plan, plan, refuse
 from compress.recipe import ROLES, Data, Recipe, Role
@@ -203,8 +203,9 @@ def cut_texts(
 
 def benchmark_job(recipe: Recipe, device: str, evaluation: Windows | None) -> BenchmarkJob:
     """What the recipe's `benchmark` asks to be measured."""
-    assert recipe.benchmark is not False
-    for name in recipe.benchmark.metrics or ():
+    asked = recipe.benchmark
+    assert asked is not False
+    for name in asked.metrics or ():
         METRICS.get(name)  # one of the hub is loaded before there is work to lose
     by_area, tasks, state = benchmark_tasks(recipe)
     labels = None if evaluation is None else evaluation.labels
@@ -217,14 +218,20 @@ def benchmark_job(recipe: Recipe, device: str, evaluation: Windows | None) -> Be
         class_names={index: name for name, index in (names or {}).items()},
         tasks=tasks,
         tasks_state=state,
-        limit=recipe.benchmark.limit,
-        metrics=recipe.benchmark.metrics,
-        prompts=recipe.benchmark.prompts,
+        limit=asked.limit,
+        metrics=asked.metrics,
+        prompts=asked.prompts,
         device=device,
         threads=torch.get_num_threads(),
         dtype=recipe.dtype,
         seed=recipe.seed,
-    )
+        speed=SpeedSettings(
+            batches=asked.batches, prompts=asked.prompt_tokens, new_tokens=asked.new_tokens, rounds=asked.rounds,
+            warmup=asked.warmup,
+        ),
+        runtimes=asked.runtimes,
+        watts=asked.watts,
+    )  # fmt: skip
 
 
 def benchmark_tasks(recipe: Recipe) -> tuple[dict[str, list[dict[str, Any]]], tuple[str, ...], str]:

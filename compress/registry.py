@@ -152,6 +152,7 @@ METRICS = MetricRegistry(
         "first_token_seconds": "compress.measure.metrics:FirstTokenSeconds",
         "kl_divergence": "compress.measure.metrics:KLDivergence",
         "kl_divergence_p99": "compress.measure.metrics:KLDivergenceP99",
+        "kv_cache_bytes_per_token": "compress.measure.metrics:KVCacheBytesPerToken",
         "matthews_correlation": "compress.measure.metrics:MatthewsCorrelation",
         "parameters": "compress.measure.metrics:Parameters",
         "peak_memory_bytes": "compress.measure.metrics:PeakMemoryBytes",

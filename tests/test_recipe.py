@@ -14,9 +14,10 @@ from pydantic import Field, field_validator, model_validator
 
 from compress.errors import CompressError, RecipeError, StartError
 from compress.passes.base import Pass, PassResult
-from compress.recipe import DataEntry, Recipe, differences, parse_goal, parse_size, starter_recipe
+from compress.recipe import DataEntry, Recipe, differences, parse_goal, parse_size
 from compress.recipe_yaml import parse_yaml
 from compress.registry import PASSES
+from compress.starter import starter_recipe
 
 
 class Rounding(Pass):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
 from compress.locating import classes_of, context_length
-from compress.measure.jobs import JobResult, key_of, run_job
+from compress.measure.jobs import JobResult, key_of
 from compress.measure.measurements import BenchmarkJob, Measurements
+from compress.measure.running import Place
 from compress.measure.text_bytes import why_foreign
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ CLASSES = "classes"
 
 
 def quality(
-    found: Measurements, job: BenchmarkJob, workdir: Path, state: str, *, causal: bool, original: Measurements | None
+    found: Measurements, job: BenchmarkJob, place: Place, state: str, *, causal: bool, original: Measurements | None
 ) -> None:
     """Fills in the records of windows, items, tasks and classes, and the count of parameters.
 
@@ -42,17 +43,19 @@ def quality(
         pairing = _paired(original, found, job)
     if pairing is not None:
         inputs |= {"new_windows": pairing.windows, "token_of": pairing.token_of, "shared": pairing.shared}
-    result = run_job(request, workdir, inputs=inputs, key=_key(state, job, request, inputs))
+    title = "compressed: quality" if original else "original: quality"
+    result = place.run(request, title, inputs=inputs, key=_key(state, job, request, inputs), reusable=True)
     if pairing is not None:
         found.notes.append(_vocabulary_note(pairing, result.records))
     _keep(found, job, result)
     if foreign is not None and original is not None and "windows" in inputs:
-        _same_text(found, original, job, workdir, request, inputs, result)
+        _same_text(found, original, job, place, request, inputs, result)
     _note(found, result)
 
 
 def _key(state: str, job: BenchmarkJob, request: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> str:
-    return key_of(state, job.tasks_state, request, *inputs.values())
+    anywhere = {**request, "model": "", "original": "", "reference": request["reference"] is not None}
+    return key_of(state, job.tasks_state, anywhere, *inputs.values())
 
 
 def _request(
@@ -155,7 +158,7 @@ def _keep(found: Measurements, job: BenchmarkJob, result: JobResult) -> None:
 
 
 def _same_text(
-    found: Measurements, original: Measurements, job: BenchmarkJob, workdir: Path, request: dict[str, Any],
+    found: Measurements, original: Measurements, job: BenchmarkJob, place: Place, request: dict[str, Any],
     inputs: dict[str, Tensor], result: JobResult,
 ) -> None:  # fmt: skip
     """The original on the same text, which its tokenizer cuts as that of the other model does: both alone."""
@@ -165,7 +168,8 @@ def _same_text(
     }  # fmt: skip
     from compress.measure.jobs import fingerprint
 
-    before = run_job(again, workdir, inputs=inputs, key=_key(fingerprint(original.folder), job, again, inputs))
+    key = _key(fingerprint(original.folder), job, again, inputs)
+    before = place.run(again, "original: the same text", inputs=inputs, key=key, reusable=True)
     found.records["reference_text_nll"] = before.records["text_nll"].numpy()
     found.records["reference_text_bytes"] = before.records["text_bytes"].numpy()
     words = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.measure.worker import tell
 
 Job = dict[str, Any]
 Result = tuple[dict[str, Any], dict[str, Any]]
@@ -65,7 +67,8 @@ def _windows(job: Job, model: Any, inputs: dict[str, Any], values: dict[str, Any
         records = {"mass": mass} if reference is not None else {}
         scored = scored_tokens(inputs["token_of"], windows.shape[1])[:, 1:]
     else:
-        scores = window_scores(model, windows, reference=reference, mask=mask)
+        told = partial(_windows_done, job, len(windows))
+        scores = window_scores(model, windows, reference=reference, mask=mask, told=told)
         scored = torch.ones_like(windows[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:].bool()
     records |= {key: value for key, value in vars(scores).items() if value is not None}
     tokenizer = read_tokenizer(Path(job.get("original") or job["model"]))
@@ -76,6 +79,10 @@ def _windows(job: Job, model: Any, inputs: dict[str, Any], values: dict[str, Any
     if scores.kl is not None and scores.token_kl is not None:
         values["worst"] = worst_windows(windows, scores.kl, scores.tokens, scores.token_kl, scored, tokenizer)
     return records
+
+
+def _windows_done(job: Job, windows: int, done: int) -> None:
+    tell(job, done, windows, "windows of text")
 
 
 def _texts(job: Job, model: Any, inputs: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +117,10 @@ def _answers(job: Job, folder: Path, model: Any) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(folder)
     context = context_length(model.config)
-    correct = {area: score_items(model, tokenizer, items, context=context) for area, items in job["items"].items()}
+    correct: dict[str, list[int]] = {}
+    for area, items in job["items"].items():
+        tell(job, sum(map(len, correct.values())), sum(map(len, job["items"].values())), f"items: {area}")
+        correct[area] = score_items(model, tokenizer, items, context=context)
     found: dict[str, Any] = {"correct": correct}
     found["generations"] = [_written(job, model, tokenizer, text, job["prompt_tokens"]) for text in job["prompts"]]
     if job.get("written"):
