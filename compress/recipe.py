@@ -101,6 +101,12 @@ class Benchmark(_Section):
     """What loads the exported model and is timed."""
     prompts: tuple[str, ...] = ()
     """Texts to continue with both models; the report shows them side by side."""
+    damage: bool | None = None
+    """After each pass, what it did to each block and layer: blocks / 2 + 2 forwards of 1024 tokens. Absent: for models
+    up to 500 MB of weights."""
+    stages: bool | None = None
+    """After each pass but the last, perplexity on the evaluation text (one more reading of it a pass) and size. Absent:
+    for models up to 500 MB of weights."""
 
     def parsed_goals(self) -> list[Goal]:
         return [parse_goal(metric, value) for metric, value in self.goals.items()]

@@ -101,6 +101,8 @@ class Stage(BaseModel):
     coverage: float | None = None
     blocks: list[dict[str, Any]] = Field(default_factory=list)
     measurements: dict[str, Any] = Field(default_factory=dict)
+    #: What `compress.measure.damage.measure_damage` gives; None where it was not asked for.
+    damage: dict[str, Any] | None = None
 
 
 class Verified(BaseModel):
@@ -151,6 +153,9 @@ class Report(BaseModel):
         for key in ("others", "generations", "notes"):
             if not data[key]:
                 del data[key]
+        for stage in data["stages"]:
+            if stage["damage"] is None:
+                del stage["damage"]
         return json.dumps(finite(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
     def write(self, folder: Path | str) -> Path:
