@@ -86,7 +86,7 @@ def _damage(
             attached(was),
             attached(model),
         ):
-            found = measure_damage(
+            found: dict[str, Any] = measure_damage(
                 was, model, chosen(text), pairs_of(pass_, was, model, blocks), by_layer=not pass_.rescales, step=step
             )
     except CompressError as error:  # what this family does not allow is no reason to lose the run

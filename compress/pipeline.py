@@ -297,8 +297,9 @@ def _original(ready: Prepared, recipe: Recipe) -> PreTrainedModel:
 
 
 def _record(pass_: Pass, done: PassResult, seconds: float, peak: int, ready: Prepared, index: int) -> dict[str, Any]:
+    named: dict[str, Any] = {"pass": pass_.name}
     stage = Stage(
-        **{"pass": pass_.name},
+        **named,
         options=pass_.options(),
         seconds=round(seconds, 3),
         predicted=ready.plan.of_pass(index),

@@ -162,7 +162,7 @@ class Report(BaseModel):
         """Writes `report.html`, `report.md` and, last, `report.json` (its presence means the run is over)."""
         from compress.checkpoint import atomic_write_text
         from compress.reports.html import page
-        from compress.reports.table import markdown
+        from compress.reports.markdown import markdown
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
