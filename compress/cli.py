@@ -125,6 +125,7 @@ def benchmark(
     print_report(report)
     if output is not None:
         click.echo(Path(output).resolve() / "report.json")
+    sys.exit(0 if report.goals_met else GOAL_MISSED)
 
 
 @commands.command()

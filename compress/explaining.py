@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from compress.allocator import return_freed_memory
 from compress.checkpoint import checkpoint_bytes
 from compress.data import Windows
 from compress.errors import CompressError
 from compress.formats.folder import default_format
-from compress.measure.damage import SIZE_LIMIT, Pairs, chosen, measure_damage, nothing, text_loss
+from compress.measure.damage import SIZE_LIMIT, Pairs, chosen, measure_damage, nothing, standard_error, text_loss
 from compress.measure.runtimes import is_causal
 from compress.passes.structural import StructuralPass
 from compress.progress import Progress
-from compress.registry import FORMATS, METRICS
+from compress.registry import FORMATS
 from compress.reports.report import Figure
 
 if TYPE_CHECKING:
@@ -64,6 +69,8 @@ def explain(
     if wanted.stages and later and pass_.changes_weights:
         text = None if other_tokens or ready.kept_tokens is not None else ready.evaluation
         found["measurements"] = stage_figures(model, text, other_tokens or ready.kept_tokens is not None)
+    gc.collect()  # the next pass's memory is measured from here on
+    return_freed_memory()
     return found
 
 
@@ -146,11 +153,16 @@ def _perplexity(model: ModelHandle, text: Windows | None, other_tokens: bool) ->
         return Figure(value=None, reason="the model reads other tokens than the original")
     if text is None:
         return Figure(value=None, reason="no evaluation text was given (data.evaluation)")
-    metric = METRICS.get("perplexity")
     try:
         with attached(model):
             nll, tokens = text_loss(model, text)
     except CompressError as error:
         return Figure(value=None, reason=f"not measured: {error}")
-    computed = metric().compute(predictions=nll, references=tokens)
-    return Figure(unit=metric.unit, higher_is_better=metric.higher_is_better, runtime=RUNTIME, **computed)
+    # As the metric has it, which is not asked here: what it imports would count as memory of the passes that follow.
+    mean = sum(nll) / sum(tokens)
+    value = math.exp(mean) if mean < 700 else math.inf
+    stderr = standard_error(torch.tensor(nll).double(), torch.tensor(tokens).double())
+    return Figure(
+        value=value, unit="perplexity", higher_is_better=False, stderr=None if stderr is None else value * stderr,
+        n=len(nll), runtime=RUNTIME, detail={"nats_per_token": mean, "tokens": int(sum(tokens))},
+    )  # fmt: skip

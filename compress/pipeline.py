@@ -31,7 +31,7 @@ from compress.preparation import Prepared, prepare, recipe_texts, retokenised
 from compress.processes import meet, process_count, process_rank, wait_for
 from compress.progress import Progress
 from compress.recipe import Recipe
-from compress.reports.card import model_card
+from compress.reports.card import model_card, rewrite_cards
 from compress.reports.report import Report, Stage, Verified, finite
 from compress.reshaping import take_shape
 from compress.stream import stream_outputs
@@ -83,6 +83,7 @@ def run(
             report.generations = generations(ready.job, original, found)
             report.goals = check_goals(_goals(recipe), report.original, report.compressed)
             report.notes += [*original.notes, *found.notes]
+            rewrite_cards(ready.output, recipe, report, ready.folder)
         report.write(ready.output)
         work.remove_intermediate()
     return report
@@ -317,7 +318,8 @@ def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[St
     shutil.rmtree(ready.output / "adapter", ignore_errors=True)
     if model.adapter is not None:
         model.adapter.save(ready.output / "adapter")
-    contents = model.contents(ready.tokenizer, card=model_card(recipe, stages))
+    card = model_card(recipe, stages, ready.folder, type(model.model).__name__)
+    contents = model.contents(ready.tokenizer, card=card)
     write_model_folder(ready.output / "model", contents)
     formats = list(recipe.export)
     note = packed_export_note(contents)

@@ -292,12 +292,17 @@ def _at_the_end(was: CalibrationStream, now: CalibrationStream, variants: list[l
     sums = [torch.cat(parts) for parts in losses]
     base = float(sums[0].sum() / counts.sum())
     rises = [float(each.sum() / counts.sum()) - base for each in sums[1:]]
-    loss = {"before": base, "after": base + rises[0], "rise": rises[0], "stderr": _stderr(sums[1] - sums[0], counts)}
+    loss = {
+        "before": base,
+        "after": base + rises[0],
+        "rise": rises[0],
+        "stderr": standard_error(sums[1] - sums[0], counts),
+    }
     return _Ends(loss, means[0], list(means[1:]), list(rises[1:]))
 
 
-def _stderr(change: Tensor, tokens: Tensor) -> float | None:
-    """Standard error, over windows, of the sum of `change` by the sum of `tokens` (float64 [n] both)."""
+def standard_error(change: Tensor, tokens: Tensor) -> float | None:
+    """Of the sum of `change` by the sum of `tokens`, over windows (float64 [n] both; linearised). None for one."""
     n = len(change)
     if n < 2:
         return None

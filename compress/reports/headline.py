@@ -13,7 +13,7 @@ def headline(report: Report) -> str:
     """`4.1 × smaller, 1.9 × faster, no measurable loss on 7 of 8 areas; arithmetic lost 6.0 points.`"""
     if not report.compressed:
         return "One model, measured."
-    parts = [_smaller(report), speed_words(report), *_quality(report)]
+    parts = [size_words(report), speed_words(report), *quality_words(report)]
     said = [part for part in parts if part]
     if not said:
         return "Nothing could be compared."
@@ -62,7 +62,8 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f} ×" if ratio < 1.1 else f"{ratio:.1f} ×"
 
 
-def _smaller(report: Report) -> str:
+def size_words(report: Report) -> str:
+    """`4.1 × smaller`."""
     compared = report.comparison.get("weights_bytes")
     if compared is None or not compared.ratio:
         return ""
@@ -71,7 +72,7 @@ def _smaller(report: Report) -> str:
     return f"{_times(1 / compared.ratio)} smaller" if compared.ratio < 1 else f"{_times(compared.ratio)} larger on disk"
 
 
-def _quality(report: Report) -> list[str]:
+def quality_words(report: Report) -> list[str]:
     """What became of quality: by areas where there are any, and by perplexity where that says something else."""
     areas = tested_areas(report)
     lost = sorted((c.delta or 0.0, name) for name, c in areas.items() if c.verdict == "worse")

@@ -116,8 +116,8 @@ def _worst(layers: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _grid(blocks: Sequence[dict[str, Any]], *, with_kl: bool) -> tuple[list[str], list[HeatRow]]:
     kinds = list(dict.fromkeys(kind(name) for block in blocks for name in block.get("layers") or {}))
-    if not any(block.get("layers") for block in blocks):
-        kinds = []
+    if not any(error > 0 for block in blocks for error in (block.get("layers") or {}).values()):
+        kinds = []  # no layer was touched: blocks were removed
     with_error = any(_figure(block.get("error")) is not None for block in blocks)
     with_kl = with_kl and any(_figure(block.get("kl")) is not None for block in blocks)
     by_kind = [_by_kind(block.get("layers") or {}) for block in blocks]
@@ -136,7 +136,7 @@ def _grid(blocks: Sequence[dict[str, Any]], *, with_kl: bool) -> tuple[list[str]
             found, layer = layers.get(each, (None, each))
             cells.append(_cell(f"{block['name']}.{layer}", found, scale))
         rows.append(HeatRow(name, cells, bool(block.get("removed"))))
-    columns = [*(["KL"] if with_kl else []), *(["block"] if with_error else []), *kinds]
+    columns = [*(["KL"] if with_kl else []), *(["output"] if with_error else []), *kinds]
     return columns, rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def page(report: Report, others: Sequence[Report] = ()) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["without_interval"] = without_interval
     return environment.get_template("report.html.j2").render(content(report, others))
 
 
@@ -87,6 +89,11 @@ def content(report: Report, others: Sequence[Report] = ()) -> dict[str, Any]:
         "command": command(report),
         "environment": table.environment_rows(report.environment),
     }  # fmt: skip
+
+
+def without_interval(sentence: str) -> str:
+    """The sentence of a comparison beside its interval, which it need not repeat."""
+    return re.sub(r"\(95 % interval [^;)]*(?:; )?", "(", sentence).replace(" ()", "")
 
 
 def tiles(report: Report) -> list[dict[str, str]]:

@@ -116,7 +116,7 @@ def _heat(each: HeatMap) -> list[str]:
         rows = [
             [f"{row.name} (removed)" if row.removed else row.name, *(c.text for c in row.cells)] for row in each.rows
         ]
-        parts.append(_rows(["block", *(f"{c} output" if c == "block" else c for c in each.columns)], rows))
+        parts.append(_rows(["block", *each.columns], rows))
         parts.append(plain(each.note))
     if each.worst:
         parts.append("Worst layers: " + ", ".join(f"{plain(layer)} ({error})" for layer, error in each.worst) + ".")
