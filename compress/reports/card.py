@@ -37,7 +37,7 @@ def model_card(
         head["base_model"] = base
     stated = licence(folder)
     head |= {key: value for key, value in stated.items() if key.startswith("license")}
-    shown = recipe_yaml(Report(name=recipe.name, recipe=recipe.canonical() | {"model": base}))
+    shown = recipe_yaml(Report(name=recipe.name, recipe=_without_folders(recipe.canonical())))
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {base}, compressed",
@@ -49,7 +49,7 @@ def model_card(
         "or, running straight from packed weights:",
         '```python\nimport compress\n\nmodel = compress.load("path/to/this/folder")\n```',
         "## How it was made",
-        f"`compress run {recipe.name}.yaml` with this recipe (digest `{recipe.digest()}`):",
+        f"`compress run {recipe.name}.yaml` with this recipe:",
         f"```yaml\n{shown}```",
         "## Licence",
         _licence_words(base, stated),
@@ -98,6 +98,15 @@ def _of_the_machine(metric: str) -> bool:
 def base_name(model: str) -> str:
     """A hub id as it is; of a local path the last part."""
     return model if not model.startswith("/") else model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _without_folders(value: Any) -> Any:
+    """A recipe's values with local paths cut to their last part: where things lay is nobody else's business."""
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return base_name(value) if isinstance(value, str) else value
 
 
 def auto_class(architecture: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from compress.reports import table, units
@@ -42,11 +43,11 @@ def markdown(report: Report) -> str:
         parts += [f"**{plain(sample['prompt'])}**"]
         parts += [f"- original: {plain(sample['original'])}\n- compressed: {plain(sample['compressed'])}"]
     parts += [f"Note: {plain(note)}" for note in report.notes]
-    parts += ["## How to get this again", f"    {command(report)}"]
+    parts += ["## How to get this again", _code(command(report))]
     if report.digest:
         parts.append(f"Recipe digest: `{report.digest}`")
     if report.recipe:
-        parts.append(f"```yaml\n{recipe_yaml(report)}```")
+        parts.append(_code(recipe_yaml(report), "yaml"))
     if report.environment:
         rows = table.environment_rows(report.environment)
         parts += ["## Measured on", "\n".join(f"- {plain(key)}: {plain(value)}" for key, value in rows)]
@@ -147,6 +148,14 @@ def _rows(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
     lines.append("|" + "|".join("---" if i < left else "---:" for i in range(len(columns))) + "|")
     lines += [f"| {' | '.join(map(cell, row))} |" for row in rows]
     return "\n".join(lines)
+
+
+def _code(text: str, language: str = "") -> str:
+    """A block of code, fenced by more backticks than stand in it; what looks like HTML is no code of ours."""
+    if not language and re.search("[<>`]", text):
+        return plain(text)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def plain(text: str) -> str:
