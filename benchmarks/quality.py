@@ -17,11 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from arguments import arguments, write_result
+
 import compress
 from compress.reports.report import Report
 
 METRICS = "[perplexity, kl_divergence, top1_agreement, weights_bytes, bits_per_weight]"
-RESULTS = Path(__file__).parent / "results"
 
 
 def methods(group: int) -> dict[str, dict[str, Any]]:
@@ -131,29 +132,17 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--samples", type=int)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--separator", default="bos", choices=["bos", "none"])
-    parser.add_argument("--no-pack", action="store_true", help="each document alone, cut at --length")
-    parser.add_argument("--calibration-seed", type=int, default=1234)
-    parser.add_argument("--calibration-samples", type=int, default=128)
-    parser.add_argument("--only", nargs="*", help="rows to run, by name; all if absent")
-    parser.add_argument("--two-bits", action="store_true", help="also 2 bits in groups of 32")
-    options = parser.parse_args()
-    for name in ("model", "calibration", "evaluation"):
-        if Path(getattr(options, name)).exists():
-            setattr(options, name, str(Path(getattr(options, name)).resolve()))
+    options = arguments(
+        __doc__,
+        group_size={"type": int, "default": 64},
+        no_pack={"action": "store_true", "help": "each document alone, cut at --length"},
+        calibration_samples={"type": int, "default": 128},
+        only={"nargs": "*", "help": "rows to run, by name; all if absent"},
+        two_bits={"action": "store_true", "help": "also 2 bits in groups of 32"},
+    )
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(options, Path(scratch))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"quality-{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / f"quality-{options.name}.md").write_text(markdown(result))
+    write_result(f"quality-{options.name}", result, markdown(result))
     print(markdown(result))
 
 

@@ -19,14 +19,14 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from arguments import add_row, arguments, kept_rows
 
 import compress
 
 METRICS = "[perplexity, kl_divergence, top1_agreement, weights_bytes]"
-RESULTS = Path(__file__).parent / "results"
 
 
 def passes(method: str, grid: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def passes(method: str, grid: dict[str, Any], tokens: int) -> list[dict[str, Any
 def row(options: argparse.Namespace, method: str, bits: int, group: int, seed: int) -> dict[str, Any]:
     """One method on one grid from one draw of calibration windows."""
     text = {"length": options.length}
-    evaluation = {"source": options.evaluation, "samples": options.samples, **text}
+    evaluation = {"source": options.evaluation, "samples": options.samples or 400, **text}
     data = {
         "calibration": {"source": options.calibration, "samples": 128, "seed": seed, **text},
         "training": {"source": options.training or options.calibration, **text},
@@ -94,27 +94,18 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--training")
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "autoround", "awq", "hqq"])
-    parser.add_argument("--grids", nargs="+", default=["8:64", "4:64", "3:64", "2:32"], help="bits:group_size")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1234])
-    parser.add_argument("--samples", type=int, default=400)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=4_000_000)
-    parser.add_argument("--again", action="store_true")
-    options = parser.parse_args()
-    for name in ("model", "calibration", "evaluation", "training"):
-        value = getattr(options, name)
-        if value and Path(value).exists():
-            setattr(options, name, str(Path(value).resolve()))
-    RESULTS.mkdir(exist_ok=True)
-    place = RESULTS / f"rounding-{options.name}.json"
-    rows: list[dict[str, Any]] = json.loads(place.read_text())["rows"] if place.exists() else []
+    options = arguments(
+        __doc__,
+        "training",
+        training={},
+        methods={"nargs": "+", "default": ["rtn", "gptq", "autoround", "awq", "hqq"]},
+        grids={"nargs": "+", "default": ["8:64", "4:64", "3:64", "2:32"], "help": "bits:group_size"},
+        seeds={"nargs": "+", "type": int, "default": [1234]},
+        tokens={"type": int, "default": 4_000_000},
+        again={"action": "store_true"},
+    )
+    stem = f"rounding-{options.name}"
+    rows = kept_rows(stem)
     for grid in options.grids:
         bits, group = map(int, grid.split(":"))
         for method in options.methods:
@@ -124,11 +115,7 @@ def main() -> None:
                 if same and not options.again:
                     continue
                 rows = [r for r in rows if r not in same] + [row(options, *key)]
-                place.write_text(
-                    json.dumps({"command": "python benchmarks/rounding.py ...", "rows": rows}, indent=1) + "\n"
-                )
-                place.with_suffix(".md").write_text(markdown(rows))
-                print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+                add_row(stem, rows, "python benchmarks/rounding.py ...", markdown)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from arguments import arguments, write_result
+
 import compress
 
-RESULTS = Path(__file__).parent / "results"
 METRICS = "[perplexity, kl_divergence, parameters, weights_bytes]"
 
 
@@ -78,26 +79,14 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--amounts", nargs="+", default=["20%", "30%"])
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--samples", type=int)
-    parser.add_argument("--separator", default="bos", choices=["bos", "none"])
-    parser.add_argument("--calibration-seed", type=int, default=1234)
-    parser.add_argument("--importance", default="reconstruction")
-    options = parser.parse_args()
-    for name in ("model", "calibration", "evaluation"):
-        if Path(getattr(options, name)).exists():
-            setattr(options, name, str(Path(getattr(options, name)).resolve()))
+    options = arguments(
+        __doc__,
+        amounts={"nargs": "+", "default": ["20%", "30%"]},
+        importance={"default": "reconstruction"},
+    )
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(options, Path(scratch))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"width-{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / f"width-{options.name}.md").write_text(markdown(result))
+    write_result(f"width-{options.name}", result, markdown(result))
     print(markdown(result))
 
 

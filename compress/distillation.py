@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
 
 from compress.examples import IGNORED
 from compress.losses import KL, Attention, Hidden, Labels, Loss
 from compress.maths.divergence import TopK, divergence, sliced, top_k
 from compress.teacher_cache import Kept, Said, TeacherCache, restored
+from compress.training_windows import WindowsDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,21 +30,15 @@ if TYPE_CHECKING:
 ANSWER, RATIONALE = 0, 1
 
 
-class Taught(Dataset):  # type: ignore[misc]
-    """Windows as the trainer takes them: ids, mask, labels, task, and what the teacher said, where it is cached."""
+class Taught(WindowsDataset):
+    """Windows as the trainer takes them, with their task, and with what the teacher said, where it is cached."""
 
     def __init__(self, windows: Windows, cache: TeacherCache | None = None, tasks: Tensor | None = None):
-        self.windows, self.cache, self.tasks = windows, cache, tasks
-
-    def __len__(self) -> int:
-        return len(self.windows)
+        super().__init__(windows)
+        self.cache, self.tasks = cache, tasks
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item = {"row": torch.tensor(index), "input_ids": self.windows.tokens[index]}
-        if self.windows.mask is not None:
-            item["attention_mask"] = self.windows.mask[index].long()
-        if self.windows.labels is not None:
-            item["labels"] = self.windows.labels[index]
+        item = super().__getitem__(index)
         if self.tasks is not None:
             item["task"] = self.tasks[index]
         if self.cache is not None:

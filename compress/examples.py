@@ -15,7 +15,7 @@ import numpy as np
 
 from compress.errors import CompressError, StartError
 from compress.registry import yaml_words
-from compress.text import Document, chat_text, refusal, text_of
+from compress.text import Document, chat_text, made_of_each, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,19 +46,11 @@ def examples_of(
 ) -> Iterator[Example]:
     """Documents as examples. Those that cannot be one go into `skipped`, or all together are refused. `trained` false:
     what is to be learnt does not matter, and a document is its text."""
-    bad: list[str] = [] if skipped is None else skipped
-    for document in found:
-        try:
-            example = example_of(document, tokenizer, labels) if trained else Example(text_of(document, tokenizer))
-        except StartError:
-            raise
-        except CompressError as error:
-            bad.append(str(error))
-            continue
-        if skipped is not None or not bad:  # once there is one to refuse, only others like it matter
-            yield example
-    if bad and skipped is None:
-        raise CompressError(refusal(bad))
+
+    def made(document: Document) -> Example:
+        return example_of(document, tokenizer, labels) if trained else Example(text_of(document, tokenizer))
+
+    return made_of_each(found, made, skipped)
 
 
 def example_of(

@@ -23,6 +23,7 @@ from compress.maths.hessian import CrossMoment, Hessian, NotPositiveDefinite
 from compress.model import Block, Layer, ModelHandle, find_stacks
 from compress.reshaping import empty_model, take_shape
 from compress.sensitivity import divergence, replaced
+from compress.stacks import Stack
 from compress.stream import CalibrationStream
 from compress.units import Places, Units, cut, fewer, find_landing, find_places, probe_windows, put
 from compress.walk import over_blocks
@@ -44,15 +45,21 @@ class Narrowing:
         assert context.calibration is not None
         self.pass_, self.model, self.context, self.units = pass_, model, context, units
         self.windows = context.calibration
-        self.probe = CalibrationStream(model, probe_windows(model))
         trial = [kind.config(model.config, fewer(model.model, kind)) for kind in units]
-        #: For each kind of part, the blocks with fewer of it, without weights.
-        self.smaller = [find_stacks(empty_model(model.model, config))[0] for config in trial]
+        #: For each kind of part, the stacks of blocks with fewer of it, without weights, by name.
+        self.smaller = [_stacks(model, config) for config in trial]
+        self.probe = self._probe()
+
+    def _probe(self) -> CalibrationStream:
+        """What blocks are checked on; a new one for every walk, as it goes from stack to stack and never back."""
+        return CalibrationStream(self.model, probe_windows(self.model))
 
     def places(self, block: Block) -> list[Places | None]:
         """Where the parts of each kind lie in a block."""
-        pairs = zip(self.units, self.smaller, strict=True)
-        return [find_places(block, stack.modules[block.index], kind, self.probe) for kind, stack in pairs]
+        return [
+            find_places(block, stacks[block.stack.name].modules[block.index], kind, self.probe)
+            for kind, stacks in zip(self.units, self.smaller, strict=True)
+        ]
 
     def measured(self, mixes: Sequence[Mix]) -> dict[str, Any]:
         """`orders`: for each block (by name) and kind of part, which go, the first to go first. `costs`: of each of
@@ -67,10 +74,12 @@ class Narrowing:
         if self.pass_.importance == "taylor":
             scores = taylor_scores(self.model, self.windows, self.places)
         stream = CalibrationStream(self.model, self.windows, self.context.tokens_per_batch)
-        few = _first(self.windows, TRIAL_TOKENS)
-        vocabulary = int(self.model.config.get_text_config().vocab_size)
-        trial = CalibrationStream(self.model, few, batch_tokens(few.length, vocabulary))
-        streams = [list(trial.hidden) for _ in mixes] if len(mixes) > 1 else []
+        trial, streams = None, []
+        if len(mixes) > 1:
+            few = _first(self.windows, TRIAL_TOKENS)
+            vocabulary = int(getattr(self.model.config.get_text_config(), "vocab_size", 1))  # images: a few classes
+            trial = CalibrationStream(self.model, few, batch_tokens(few.length, vocabulary))
+            streams = [list(trial.hidden) for _ in mixes]
         most = [kind.count - min(mix[index] for mix in mixes) for index, kind in enumerate(self.units)]
         orders: dict[str, list[list[int]]] = {}
         with self.context.progress.step("width: importance", total=len(self.model.block_list())) as step:
@@ -80,12 +89,13 @@ class Narrowing:
                 hessians = _hessians(block, stream, places)
                 found = zip(places, hessians, most, known, strict=True)
                 orders[block.name] = [self._order(block, *one) for one in found]
-                for mix, hidden in zip(mixes, streams, strict=False):
-                    self._push_without(block, trial, hidden, places, hessians, mix, orders[block.name])
+                if trial is not None:
+                    for mix, hidden in zip(mixes, streams, strict=True):
+                        self._push_without(block, trial, hidden, places, hessians, mix, orders[block.name])
+                    trial.advance(block)
                 stream.advance(block)
-                trial.advance(block)
                 step.advance(block.name)
-        costs = divergence(trial, trial.hidden, streams) if streams else [0.0]
+        costs = divergence(trial, trial.hidden, streams) if trial is not None else [0.0]
         return {"orders": orders, "costs": costs}
 
     def _order(
@@ -133,11 +143,11 @@ class Narrowing:
         stream = None
         if self.pass_.refit:
             stream = CalibrationStream(model, self.windows, context.tokens_per_batch, original=True)
-        new = find_stacks(empty_model(model.model, config))[0]
+        new, self.probe = _stacks(model, config), self._probe()
         total = sum(block.matrix_weights() for block in model.block_list())
 
         def reshape(block: Block) -> None:
-            block.stack.modules[block.index] = new.modules[block.index]
+            block.stack.modules[block.index] = new[block.stack.name].modules[block.index]
 
         def change(block: Block) -> dict[str, Any]:
             return self._cut_block(block, reshape, mix, orders[block.name], stream)
@@ -236,6 +246,11 @@ class Narrowing:
 def fill(block: Block, layer: Layer, weight: Tensor) -> None:
     """Writes a fitted weight; in a pruned model, what is zero stays so."""
     layer.set_weight(weight.masked_fill(layer.weight == 0, 0.0) if block.sparse else weight)
+
+
+def _stacks(model: ModelHandle, config: PretrainedConfig) -> dict[str, Stack]:
+    """The stacks of a model of `config` without weights, by name."""
+    return {stack.name: stack for stack in find_stacks(empty_model(model.model, config))}
 
 
 def _hessians(block: Block, stream: CalibrationStream, places: Sequence[Places | None]) -> list[Tensor]:

@@ -10,7 +10,7 @@ import os.path
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.errors import CompressError, StartError, nearest
 from compress.recipe_yaml import nearest_file
@@ -31,6 +31,9 @@ KINDS = {
 }
 #: Malformed lines that are named in full.
 MOST_NAMED = 5
+
+T = TypeVar("T")
+U = TypeVar("U")
 _ALLOWED = "text; prompt + completion; messages; text + label; question + choices + label; good + bad"
 
 
@@ -155,26 +158,44 @@ def _whole(path: Path) -> Iterator[Document]:
 
 def _lines(path: Path, skipped: list[str] | None = None) -> Iterator[Document]:
     """The lines of a .jsonl file. Malformed ones go into `skipped`, or all together are refused."""
-    bad: list[str] = [] if skipped is None else skipped
-    offset = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                text = _decoded(line, path, offset)
-                offset += len(line)
-                if not (text := text.strip()):
-                    continue
-                try:
-                    document = checked(_json(text, f"{path}:{number}"), f"{path}:{number}")
-                except CompressError as error:
-                    bad.append(str(error))
-                    continue
-                if skipped is not None or not bad:  # once there is one to refuse, only others like it matter
-                    yield document
-            if bad and skipped is None:
-                raise CompressError(refusal(bad))
+            yield from made_of_each(_numbered(file, path), _document, skipped)
     except OSError as error:
         raise CompressError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _numbered(file: Iterable[bytes], path: Path) -> Iterator[tuple[str, str]]:
+    """The lines that hold something, and where each stands."""
+    offset = 0
+    for number, line in enumerate(file, 1):
+        text = _decoded(line, path, offset).strip()
+        offset += len(line)
+        if text:
+            yield text, f"{path}:{number}"
+
+
+def _document(line: tuple[str, str]) -> Document:
+    text, origin = line
+    return checked(_json(text, origin), origin)
+
+
+def made_of_each(given: Iterable[T], make: Callable[[T], U], skipped: list[str] | None = None) -> Iterator[U]:
+    """What `make` makes of each. Where it raises CompressError, the message goes into `skipped`, or all of them
+    together are refused at the end; a StartError is of more than the one, and goes through."""
+    bad: list[str] = [] if skipped is None else skipped
+    for one in given:
+        try:
+            made = make(one)
+        except StartError:
+            raise
+        except CompressError as error:
+            bad.append(str(error))
+            continue
+        if skipped is not None or not bad:  # once there is one to refuse, only others like it matter
+            yield made
+    if bad and skipped is None:
+        raise CompressError(refusal(bad))
 
 
 def refusal(bad: Sequence[str]) -> str:

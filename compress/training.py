@@ -133,13 +133,6 @@ def train(
     return Training(trainer.losses, trainer.evaluations, trainer.best_step)
 
 
-def bf16_is_fast(device: str | torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself."""
-    if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 class _Trainer(Trainer):  # type: ignore[misc]
     def __init__(
         self, objective: nn.Module, groups: Sequence[Group], windows: Windows | Dataset, schedule: Schedule,

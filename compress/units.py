@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compress.calibration import BlockCalibration
 from compress.data import Windows, windows_from
 from compress.errors import StartError
+from compress.images import random_images, reads_images
 from compress.model import Block, Layer, ModelHandle, find_stacks, place_tensors
 from compress.reshaping import empty_model, without_blocks
 from compress.residual import is_norm
@@ -123,18 +124,18 @@ class Places:
 
 def find_channels(model: PreTrainedModel) -> Channels:
     """StartError, with the reason, where no key of the config alone decides the inner width of the MLPs."""
-    config = without_blocks(model.config, [0])
-    before, text = empty_model(model, config), config.get_text_config()
+    config = _one_block_each(model)
+    before, text = empty_model(model, config), config if config.is_encoder_decoder else config.get_text_config()
+    stacks = find_stacks(before)
     experts = None
     for key, value in _integers(text):
         units = Channels(key, value)
         shrunk = _shrunk(before, _built(model, units.config(config, value // 2)))
-        block = _block_of(before)
-        if not shrunk or any(not name.startswith(block) for name in shrunk):
+        if not shrunk or any(not name.startswith(tuple(f"{stack.name}.0." for stack in stacks)) for name in shrunk):
             continue
         experts = next((n for n in shrunk if before.get_parameter(n).dim() > 2), experts)
         readers = _readers(before, shrunk)
-        if len(readers) == 1 and readers[0][1] == value and experts is None:
+        if [columns for _, columns in readers] == [value] * len(stacks) and experts is None:
             return units
     kind = type(model).__name__
     if experts is not None:
@@ -147,7 +148,12 @@ def find_channels(model: PreTrainedModel) -> Channels:
 
 def find_groups(model: PreTrainedModel) -> Groups:
     """StartError, with the reason, where the config cannot say that there are fewer heads of the same width."""
-    config = without_blocks(model.config, [0])
+    if len(find_stacks(model)) > 1:
+        raise StartError(
+            f"{type(model).__name__} has an encoder and a decoder, whose attentions share one number of heads; width "
+            "cuts its intermediate_size."
+        )
+    config = _one_block_each(model)
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     groups = int(getattr(text, "num_key_value_heads", None) or heads)
@@ -170,8 +176,13 @@ def find_groups(model: PreTrainedModel) -> Groups:
 def find_stream(model: PreTrainedModel) -> Stream:
     """StartError, with the reason, where the config cannot say that the stream has fewer channels and heads are as wide
     as they were."""
-    config = without_blocks(model.config, [0])
-    text, kind = config.get_text_config(), type(model).__name__
+    kind = type(model).__name__
+    if len(find_stacks(model)) > 1:
+        raise StartError(f"{kind} has an encoder and a decoder; hidden_size is cut in models with one stack of blocks.")
+    if reads_images(model.config):
+        raise StartError(f"{kind} reads no text; the hidden size of such models is not cut.")
+    config = _one_block_each(model)
+    text = config.get_text_config()
     heads = int(text.num_attention_heads)
     units = Stream(int(text.hidden_size), int(getattr(text, "head_dim", None) or text.hidden_size // heads))
     before = empty_model(model, config)
@@ -193,7 +204,7 @@ def model_embedding(model: PreTrainedModel) -> nn.Parameter:
 
 def takes(model: PreTrainedModel, units: Stream, count: int) -> bool:
     """Whether transformers takes the config with so many channels."""
-    return _built(model, units.config(without_blocks(model.config, [0]), count)) is not None
+    return _built(model, units.config(_one_block_each(model), count)) is not None
 
 
 def shrunk_tensors(before: nn.Module, after: nn.Module) -> dict[str, int]:
@@ -205,7 +216,7 @@ def allowed(model: PreTrainedModel, units: Units) -> list[int]:
     """Numbers of parts, the present one included, with which transformers takes the config."""
     if isinstance(units, Channels):
         return list(range(1, units.count + 1))
-    config = without_blocks(model.config, [0])
+    config = _one_block_each(model)
     return [n for n in range(1, units.count + 1) if _built(model, units.config(config, n)) is not None]
 
 
@@ -230,8 +241,9 @@ def _built(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel 
         return None
 
 
-def _block_of(model: PreTrainedModel) -> str:
-    return f"{find_stacks(model)[0].name}.0."
+def _one_block_each(model: PreTrainedModel) -> PretrainedConfig:
+    """The config with one block in each stack."""
+    return without_blocks(model.config, *[[0] for _ in find_stacks(model)])
 
 
 def _shrunk(before: nn.Module, after: nn.Module | None) -> dict[str, int]:
@@ -387,7 +399,9 @@ def _same(found: Tensor, expected: Tensor, whole: Tensor) -> bool:
 
 
 def probe_windows(model: ModelHandle) -> Windows:
-    """Random tokens on which blocks are checked."""
+    """Random tokens, or images, on which blocks are checked."""
+    if reads_images(model.config):
+        return random_images(model.config, PROBE_WINDOWS, 0)
     generator = torch.Generator().manual_seed(0)
     length = min(PROBE_LENGTH, model.context_length or PROBE_LENGTH)
     vocabulary = int(model.config.get_text_config().vocab_size)

@@ -4,7 +4,7 @@ refused."""
 import pytest
 import torch
 from reference import ridge
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM
 
 import compress
 from compress.data import windows_from
@@ -16,7 +16,7 @@ from compress.recipe import Recipe
 from compress.reshaping import parameters_of
 from compress.shapes import ModelShape
 from compress.stream import CalibrationStream
-from compress.testing import FAMILIES, check_pass, outputs, save_tiny, tiny_model, tiny_tokens
+from compress.testing import FAMILIES, check_pass, outputs, save_tiny, tiny_inputs, tiny_model, tiny_tokens
 from compress.units import find_channels, find_groups, find_landing, probe_windows
 
 EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe")
@@ -51,22 +51,23 @@ def _silence(model, units, parts):
 
     handle = ModelHandle.wrap(model)
     probe = CalibrationStream(handle, probe_windows(handle))
-    smaller = find_stacks(empty_model(model, units.config(model.config, fewer(model, units))))[0]
+    smaller = find_stacks(empty_model(model, units.config(model.config, fewer(model, units))))
     for block in handle.block_list():
-        places = find_places(block, smaller.modules[block.index], units, probe)
+        stack = next(stack for stack in smaller if stack.name == block.stack.name)
+        places = find_places(block, stack.modules[block.index], units, probe)
         block.layers()[places.reader].weight[:, places.columns[parts].flatten()] = 0.0
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*EXPERTS, "t5", "vit")])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in EXPERTS])
 def test_channels_that_do_nothing_go_and_the_outputs_stay(family):
-    model = tiny_model(family)
+    model, given = tiny_model(family), tiny_inputs(family)
     units = find_channels(model)
     with torch.no_grad():
         _silence(model, units, list(range(1, units.count, 2)))
-    before = outputs(model, tiny_tokens())
-    _width(model, intermediate_size="50%", refit=False)
+    before = outputs(model, given)
+    compress.Width(intermediate_size="50%", refit=False)(model, calibration=given, min_coverage=0.0)
     assert find_channels(model).count == units.count // 2
-    assert torch.allclose(outputs(model, tiny_tokens()), before, atol=1e-4)
+    assert torch.allclose(outputs(model, given), before, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", HEADS)
@@ -81,7 +82,7 @@ def test_heads_that_do_nothing_go_and_the_outputs_stay(family):
     assert torch.allclose(outputs(model, tiny_tokens()), before, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize("family", [*HEADS, "vit"])
 def test_cutting_heads_conforms(family):
     check_pass(compress.Width(heads=2), family)
 
@@ -197,10 +198,19 @@ def test_zeros_stay_zero(options):
     assert all(0.3 < float((weight == 0).float().mean()) < 0.7 for weight in weights)
 
 
-def test_an_encoder_with_a_decoder_is_refused():
-    config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+@pytest.mark.parametrize("options", [{"heads": 2}, {"hidden_size": 16}])
+def test_heads_and_hidden_size_of_an_encoder_with_a_decoder_are_refused(options):
     with pytest.raises(StartError, match="an encoder and a decoder"):
-        _width(T5ForConditionalGeneration(config), amount=0.3)
+        _width(tiny_model("t5"), **options)
+
+
+@pytest.mark.parametrize("family", ["t5", "vit"])
+def test_a_share_of_the_blocks_goes_where_only_channels_can(family):
+    model = tiny_model(family)
+    before = parameters_of(model)
+    result = compress.Width(amount=0.2)(model, calibration=tiny_inputs(family), min_coverage=0.0)
+    assert result.measurements["intermediate_size"] == find_channels(model).count
+    assert parameters_of(model) < before
 
 
 @pytest.mark.parametrize("amount", [0.2, 0.5])

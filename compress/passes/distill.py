@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -26,6 +26,7 @@ from compress.errors import StartError
 from compress.losses import Labels, Loss, StudentOptions
 from compress.passes.base import Context, Pass, PassResult
 from compress.passes.end_to_end import TRAINER_BYTES
+from compress.precision import Precision, trains_in_bf16
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,10 +105,7 @@ class Distill(Pass):
         default=False,
         description="Also train the same student for the same steps on the text alone, measure it, and let it go.",
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="Of matrix products in training; auto: bfloat16 for 16-bit models and where the hardware has it.",
-    )
+    precision: Precision = "auto"
 
     @property
     def needs_training(self) -> bool:  # type: ignore[override]
@@ -265,16 +263,14 @@ class Distill(Pass):
     ) -> Training:
         """One training run of a student, in place."""
         from compress.teaching import teach
-        from compress.training import Schedule, bf16_is_fast
+        from compress.training import Schedule
 
         rate = self.learning_rate
         if rate is None:
             packed = "quantized" in model.states
             rate = PACKED_RATE if packed else RATE_TIMES_WIDTH / model.config.get_text_config().hidden_size
         steps = self._steps(found.texts.windows)
-        bf16 = self.precision == "bfloat16" or (
-            self.precision == "auto" and (model.dtype != torch.float32 or bf16_is_fast(model.device))
-        )
+        bf16 = trains_in_bf16(self.precision, model)
         warmup = int(self.warmup * steps)
         schedule = Schedule(steps, self.batch_size, warmup, context.seed, bf16, max_grad_norm=1.0)
         folder = context.stage.folder / place if context.stage else None

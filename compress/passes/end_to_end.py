@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from compress.errors import StartError
 from compress.maths.divergence import kl_divergence
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.base import Context, Pass, PassResult
+from compress.precision import Precision, trains_in_bf16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,10 +62,7 @@ class EndToEndPass(Pass):
         default=1e-3, ge=0, le=1, description="Peak learning rate of norms; 0: left alone."
     )
     warmup: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps over which learning rates rise.")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="Of matrix products in training; auto: bfloat16 for 16-bit models and where the hardware has it.",
-    )
+    precision: Precision = "auto"
 
     @abstractmethod
     def trained(self, layer: QuantLinear, sparse: bool) -> Trained:
@@ -76,7 +74,7 @@ class EndToEndPass(Pass):
 
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         """Trains, packs, and keeps every block and the norms outside them."""
-        from compress.training import Group, Schedule, bf16_is_fast, train
+        from compress.training import Group, Schedule, train
 
         windows, teacher, layers = self._needed(model, context)
         windows = self._with_written(windows, teacher, context)
@@ -86,9 +84,7 @@ class EndToEndPass(Pass):
         if norms:
             groups.append(Group(list(norms.values()), self.norm_learning_rate))
         steps = max(1, self.tokens // (self.batch_size * windows.length))
-        bf16 = self.precision == "bfloat16" or (
-            self.precision == "auto" and (model.dtype != torch.float32 or bf16_is_fast(model.device))
-        )
+        bf16 = trains_in_bf16(self.precision, model)
         schedule = Schedule(steps, self.batch_size, int(self.warmup * steps), context.seed, bf16)
         folder = context.stage.folder / "training" if context.stage else None
         with exchanged(model.model, trained, norms):

@@ -20,6 +20,7 @@ from compress.errors import StartError
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.base import Context, Pass, PassResult
 from compress.passes.end_to_end import _Imitation
+from compress.precision import Precision, trains_in_bf16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,10 +119,7 @@ class LoRA(Pass):
         default=False,
         description="Keep packed weights unpacked while training: faster, and takes the dense model's memory.",
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="Of matrix products in training; auto: bfloat16 for 16-bit models and where the hardware has it.",
-    )
+    precision: Precision = "auto"
 
     @field_validator("r")
     @classmethod
@@ -291,15 +289,13 @@ class LoRA(Pass):
     ) -> Training:  # fmt: skip
         from compress.nn.kernels import cached
         from compress.objectives import TextLoss, checkpointed
-        from compress.training import Group, Schedule, bf16_is_fast, train
+        from compress.training import Group, Schedule, train
 
         per_window = training.tokens.numel() if training.mask is None else int(training.mask.sum())
         per_step = self.batch_size * per_window / len(training)
         tokens = self.tokens if self.epochs is None else self.epochs * per_window
         steps = max(1, round(tokens / per_step))
-        bf16 = self.precision == "bfloat16" or (
-            self.precision == "auto" and (model.dtype != torch.float32 or bf16_is_fast(model.device))
-        )
+        bf16 = trains_in_bf16(self.precision, model)
         schedule = Schedule(
             steps, self.batch_size, int(self.warmup * steps), context.seed, bf16, (0.9, 0.999), self.weight_decay,
             self.max_grad_norm, self._accumulation(), max(1, steps // self.evaluations), self.patience,

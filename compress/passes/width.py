@@ -96,10 +96,6 @@ class Width(StructuralPass):
         from compress.units import find_stream
 
         kind = type(model).__name__
-        if len(find_stacks(model)) > 1:
-            return f"{kind} has an encoder and a decoder; width takes models with one stack of blocks."
-        if getattr(model.config.get_text_config(), "vocab_size", None) is None:
-            return f"{kind} reads no text, on which width measures what matters."
         try:
             self._units(model)
             if self.hidden_size is not None:
@@ -108,6 +104,8 @@ class Width(StructuralPass):
             return str(error)
         if self.hidden_size is not None and model.get_output_embeddings() is None:
             return f"{kind} has no head: its hidden size is what it gives."
+        if self.importance == "taylor" and len(find_stacks(model)) > 1:
+            return f"importance: taylor takes models with one stack of blocks, and {kind} has an encoder and a decoder."
         if self.importance == "taylor" and model.get_output_embeddings() is None:
             return f"importance: taylor needs a model that predicts tokens, and {kind} has no head."
         return None

@@ -1,0 +1,56 @@
+"""The arguments that the scripts share: a model, its texts, and where the result goes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(doc: str | None, *paths: str, **others: dict[str, Any]) -> argparse.Namespace:
+    """What was given on the command line: MODEL, --calibration, --evaluation, --name, --length, --samples,
+    --separator, --calibration-seed, and `others` (as of `add_argument`). Those that are paths, `paths` too, become
+    absolute ones; what is no file (builtin:tiny) stays."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--separator", default="bos", choices=["bos", "none"])
+    parser.add_argument("--calibration-seed", type=int, default=1234)
+    for name, how in others.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
+    options = parser.parse_args()
+    for name in ("model", "calibration", "evaluation", *paths):
+        value = getattr(options, name)
+        if value and Path(value).exists():
+            setattr(options, name, str(Path(value).resolve()))
+    return options
+
+
+def write_result(stem: str, result: Any, markdown: str) -> None:
+    """Writes a result as `results/<stem>.json` and `.md`."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{stem}.md").write_text(markdown)
+
+
+def kept_rows(stem: str) -> list[dict[str, Any]]:
+    """The rows of a result that is there already."""
+    place = RESULTS / f"{stem}.json"
+    rows: list[dict[str, Any]] = json.loads(place.read_text())["rows"] if place.exists() else []
+    return rows
+
+
+def add_row(
+    stem: str, rows: Sequence[dict[str, Any]], command: str, markdown: Callable[[Sequence[dict[str, Any]]], str]
+) -> None:
+    """Writes rows, the newest last, and prints that one."""
+    write_result(stem, {"command": command, "rows": rows}, markdown(rows))
+    print(markdown(rows[-1:]).splitlines()[-1], flush=True)
