@@ -12,7 +12,7 @@ NAMED = 3
 def headline(report: Report) -> str:
     """`4.1 × smaller, 1.9 × faster, no measurable loss on 7 of 8 areas; arithmetic lost 6.0 points.`"""
     if not report.compressed:
-        return "One model, measured."
+        return "One model, measured." if report.original else "Nothing was measured."
     parts = [size_words(report), speed_words(report), *quality_words(report)]
     said = [part for part in parts if part]
     if not said:

@@ -58,6 +58,12 @@ def render(folders: Sequence[Path | str], output: Path | str | None = None) -> P
     if len(reports) == 1:
         atomic_write_text(target, page(reports[0]))
         return target
+    names = [report.name for report in reports]
+    reports = [
+        report.model_copy(update={"name": f"{report.name} ({place.resolve().name})"})
+        if names.count(report.name) > 1 else report
+        for place, report in zip(places, reports, strict=True)
+    ]  # fmt: skip
     atomic_write_text(target, page(reports[0], reports[1:]))
     atomic_write_text(target.with_suffix(".md"), compared_runs(reports))
     return target

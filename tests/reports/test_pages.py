@@ -326,5 +326,9 @@ def test_the_page_that_compares_runs_is_written_where_it_is_asked_for(make_repor
     assert text.count('class="mark"') == 6  # the original and both runs, against size and against speed
     words = (tmp_path / "pages" / "both.md").read_text()
     assert "| two | 3.670 MB -68 % |" in words
+    make_report(name="one").write(tmp_path / "three")
+    words = render([tmp_path / "one", tmp_path / "three"], target).with_suffix(".md").read_text()
+    assert "**one (one)**" in words
+    assert "**one (three)**" in words
     with pytest.raises(StartError, match="is a folder"):
         render([tmp_path / "one"], tmp_path)
