@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compress.data import windows_from
-from compress.explaining import Wanted, pairs_of
+from compress.explaining import Wanted, pairs_of, stage_figures
 from compress.measure import damage as measuring
 from compress.measure.damage import chosen, matrices, measure_damage, text_loss, worst
 from compress.model import ModelHandle
@@ -166,6 +166,19 @@ def test_text_loss_is_that_of_the_whole_model_whatever_the_residency(tmp_path):
     assert sums[0] == sums[1]
     expected = next_token_loss(open_model(folder).model(TOKENS).logits, TOKENS)
     assert sum(sums[0][0]) / sum(sums[0][1]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_stages_perplexity_is_the_metrics_own(tmp_path):
+    from compress.measure.metrics import Perplexity
+
+    model = open_model(save_tiny(tmp_path / "m"))
+    nll, tokens = text_loss(model, WINDOWS)
+    expected = Perplexity().compute(predictions=nll, references=tokens)
+    found = stage_figures(model, WINDOWS)["perplexity"]
+    assert {key: found[key] for key in ("value", "stderr", "n", "detail")} == {
+        **expected, "value": pytest.approx(expected["value"]), "stderr": pytest.approx(expected["stderr"]),
+        "detail": pytest.approx(expected["detail"]),
+    }  # fmt: skip
 
 
 def test_the_text_is_cut_to_the_stated_tokens():
