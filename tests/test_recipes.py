@@ -76,8 +76,9 @@ def test_the_recipe_runs_and_changes_what_it_says(path, stand_in, labelled, tmp_
     for name in ("quantize", "lora"):
         if f"- {name}:" in text:
             overrides.append(f"passes.{name}.tokens=512")
-    if "- distill:" in text:
-        overrides += ["passes.distill.steps=2", "passes.distill.batch_size=4"]
+    for place, step in enumerate(asked.passes):
+        if step.name == "distill":
+            overrides += [f"passes.{place}.distill.steps=2", f"passes.{place}.distill.batch_size=4"]
     if path.stem == "prune-distill-quantize":  # the stand-in has two blocks
         overrides.append("passes.depth.layers=1")
     if path.stem == "shrink-60":  # and 96 tokens
