@@ -109,7 +109,7 @@ def _label(figure: Any, axes: Any, points: Sequence[Point]) -> None:
         dx, dy, ha, va = _PLACES[best]
         axes.annotate(
             point.label, (point.cost, point.quality), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va,
-            color=MUTED if point.step else INK, fontsize=8 if point.step else 9,
+            color=MUTED if point.step else INK, fontsize=8 if point.step else 9, parse_math=False,
         )  # fmt: skip
 
 

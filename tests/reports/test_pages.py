@@ -275,6 +275,11 @@ def test_a_stage_that_was_measured_is_a_point_on_the_way(make_report):
     assert "<title>compressed: perplexity 3.600 (3.580 to 3.620), 100 tok/s</title>" in latency.svg
 
 
+def test_a_name_with_signs_of_formulas_is_drawn_as_it_is(make_report):
+    report = make_report(name="a $\\frac b$ <c>")
+    assert "a $\\frac b$ &lt;c&gt;" in quality_plots(report, [make_report(name="other")])[0].svg
+
+
 def test_a_model_without_perplexity_is_plotted_by_accuracy(make_report):
     report = make_report()
     for figures in (report.original, report.compressed):
