@@ -24,10 +24,11 @@ from compress.data import (
 from compress.errors import StartError
 from compress.images import image_windows, random_images, read_processor, reads_images
 from compress.locating import classes_of, context_length, locate
-from compress.measure.measurements import BenchmarkJob
+from compress.measure.measurements import BenchmarkJob, SpeedSettings
 from compress.opening import read_config, read_tokenizer, refuse_quantized
 from compress.planning import Plan, plan, refuse
 from compress.recipe import ROLES, Data, Recipe, Role
+from compress.registry import FORMATS
 from compress.workspace import Workspace, fingerprint_folder
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
     tokenizer = read_processor(folder, needed=False) if reads_images(config) else read_tokenizer(folder)
     for step in recipe.passes:
         step.check_tokenizer(tokenizer)
+    for name in recipe.export:
+        if reason := FORMATS.get(name)().refuses_tokenizer(tokenizer, config):
+            raise StartError(f"export: {reason}")
     texts = _texts(recipe, tokenizer, config, folder)
     calibration, evaluation, training = (texts.get(role) for role in ROLES)
     fingerprints = {"model": fingerprint_folder(folder)}
@@ -201,23 +205,29 @@ def cut_texts(
 
 def benchmark_job(recipe: Recipe, device: str, evaluation: Windows | None) -> BenchmarkJob:
     """What the recipe's `benchmark` asks to be measured."""
-    assert recipe.benchmark is not False
-    tasks = recipe.benchmark.tasks
+    asked = recipe.benchmark
+    assert asked is not False
     by_area: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for task in tasks:
+    for task in asked.tasks:
         for item in items(task, recipe.base):
             by_area[item["area"]].append(item)
     return BenchmarkJob(
         windows=None if evaluation is None else evaluation.tokens,
         mask=None if evaluation is None else evaluation.mask,
         items=dict(by_area),
-        metrics=recipe.benchmark.metrics,
-        prompts=recipe.benchmark.prompts,
+        metrics=asked.metrics,
+        prompts=asked.prompts,
         device=device,
         threads=torch.get_num_threads(),
         dtype=recipe.dtype,
         seed=recipe.seed,
-    )
+        speed=SpeedSettings(
+            batches=asked.batches, prompts=asked.prompt_tokens, new_tokens=asked.new_tokens, rounds=asked.rounds,
+            warmup=asked.warmup,
+        ),
+        runtimes=asked.runtimes,
+        watts=asked.watts,
+    )  # fmt: skip
 
 
 def _probe(text: Windows | None, config: PretrainedConfig, seed: int) -> Windows:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from compress.errors import CompressError, RecipeError, nearest
 from compress.recipe_yaml import Document, Place, nearest_file, pass_entry
-from compress.registry import PASSES, allowed_words, models_in, yaml_words
+from compress.registry import PASSES, RUNTIMES, allowed_words, models_in, yaml_words
 
 if TYPE_CHECKING:
     from compress.passes.base import Pass
@@ -143,6 +143,21 @@ class Checker:
             if name in seen:
                 self.problem((*place, index), f'"{name}" stands there twice.')
             seen.add(name)
+
+    def runtimes(self, place: Place, given: Sequence[str], exports: Sequence[str] | None) -> None:
+        """Notes runtimes that do not exist, cannot run here, or open what is not among the `exports` (None: of models
+        that are there already)."""
+        self.names(place, given, RUNTIMES)
+        for index, name in enumerate(given):
+            if name not in RUNTIMES:
+                continue
+            runtime = RUNTIMES.get(name)()
+            missing, opens = runtime.missing(), runtime.exports
+            if missing:
+                self.problem((*place, index), f"{name} cannot run here: {missing}")
+            if opens and exports is not None and not set(opens) & set(exports):
+                sentence = f"{name} opens what export writes as {' or '.join(opens)}: add {opens[0]} to export."
+                self.problem((*place, index), sentence)
 
     def model(self, place: Place, model: str, builtin: Sequence[str]) -> str:
         """The model with a local folder made absolute. Hub ids and `builtin:` names stay."""

@@ -116,11 +116,21 @@ FORMATS = Registry(
         "bitsandbytes": "compress.formats.bitsandbytes:BitsAndBytes",
         "compressed-tensors": "compress.formats.compressed_tensors:CompressedTensors",
         "dense": "compress.formats.dense:Dense",
+        "gguf": "compress.formats.gguf:GGUF",
+        "onnx": "compress.formats.onnx:Onnx",
         "packed": "compress.formats.packed:Packed",
     },
     "compress.formats",
 )
-RUNTIMES = Registry("runtime", {"transformers": "compress.measure.runtimes:Transformers"}, "compress.runtimes")
+RUNTIMES = Registry(
+    "runtime",
+    {
+        "llama.cpp": "compress.measure.llama_cpp:LlamaCpp",
+        "onnxruntime": "compress.measure.onnxruntime_engine:OnnxRuntime",
+        "transformers": "compress.measure.runtimes:Transformers",
+    },
+    "compress.runtimes",
+)
 METRICS = Registry(
     "metric",
     {
@@ -130,6 +140,7 @@ METRICS = Registry(
         "energy_joules_per_token": "compress.measure.metrics:EnergyJoulesPerToken",
         "first_token_seconds": "compress.measure.metrics:FirstTokenSeconds",
         "kl_divergence": "compress.measure.metrics:KLDivergence",
+        "kv_cache_bytes_per_token": "compress.measure.metrics:KVCacheBytesPerToken",
         "parameters": "compress.measure.metrics:Parameters",
         "peak_memory_bytes": "compress.measure.metrics:PeakMemoryBytes",
         "perplexity": "compress.measure.metrics:Perplexity",

@@ -6,7 +6,7 @@ all tokens by the whole vocabulary is ever held, only one batch's logits of each
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +42,14 @@ def batches(n: int, length: int, vocabulary: int) -> Iterator[slice]:
 
 
 def window_scores(
-    model: torch.nn.Module, windows: Tensor, *, reference: torch.nn.Module | None = None, mask: Tensor | None = None
-) -> WindowScores:
+    model: torch.nn.Module, windows: Tensor, *, reference: torch.nn.Module | None = None, mask: Tensor | None = None,
+    told: Callable[[int], None] | None = None,
+) -> WindowScores:  # fmt: skip
     """Scores every token of each window but the first, given those before it.
 
     `windows`: int64 [n, length]; `mask`: bool [n, length], False where a window is padded on its right. With
     `reference`, KL(reference || model) in nats and top-1 agreement are taken at the same positions.
+    `told` is given how many windows are done.
     """
     n, length = windows.shape
     if length < 2:
@@ -65,6 +67,8 @@ def window_scores(
             found = _lock_step(model, reference, ids, attention)
         for key, values in found.items():
             sums[key][part] = torch.where(scored, values, 0.0).sum(1, dtype=torch.float64).cpu()
+        if told is not None:
+            told(part.stop)
     tokens = keep[:, 1:].sum(1).double()
     if reference is None:
         return WindowScores(sums["nll"], tokens)

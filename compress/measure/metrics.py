@@ -195,6 +195,21 @@ class PeakMemoryBytes(RecordedMetric):
         return {"value": int(np.max(predictions)), "stderr": None, "n": len(predictions)}
 
 
+class KVCacheBytesPerToken(RecordedMetric):
+    """Bytes of the cache of keys and values after a prompt, divided by the prompt's tokens. A packed cache holds its
+    most recent tokens unpacked, so its figure falls with the prompt's length, which `detail` states."""
+
+    metric, unit, higher_is_better = "kv_cache_bytes_per_token", "B", False
+    needs = frozenset({"memory"})
+    predictions, references = "cache_bytes", "cache_tokens"
+    kinds = ("int64", "int64")
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, Any]:
+        tokens = int(np.sum(references))
+        value = int(np.sum(predictions)) / tokens if tokens else math.nan
+        return {"value": value, "stderr": None, "n": None, "detail": {"prompt_tokens": tokens}}
+
+
 class _Median(RecordedMetric):
     """The median over rounds, with its standard error (that of a normal sample's median) and the spread."""
 
@@ -231,7 +246,8 @@ class FirstTokenSeconds(_Median):
 
 
 class EnergyJoulesPerToken(_Median):
-    """Joules of the processor package per generated token, from its own counter."""
+    """Joules per generated token after the first, from the counter of the processor package or the GPU; of all that
+    runs there. Where `detail` says `estimated`: CPU seconds times the stated watts."""
 
     metric, unit, higher_is_better = "energy_joules_per_token", "J/token", False
     predictions = "energy_joules_per_token"

@@ -6,23 +6,22 @@ import shlex
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from compress.reports.report import Report, finite
 
-#: Keys of a canonical recipe whose defaults say nothing to a reader.
-_SILENT: dict[str, Any] = {
-    "dtype": "auto", "export": [], "runtime": {}, "memory": None, "device": "auto", "residency": "memory",
-    "min_coverage": 0.5, "benchmark.metrics": None, "benchmark.runtimes": ["transformers"], "benchmark.prompts": [],
-    "benchmark.goals": {}, "benchmark.tasks": [], "benchmark.damage": None, "benchmark.stages": None,
-}  # fmt: skip
+#: Keys that are shown whatever they are.
+_SHOWN = ("model", "data", "passes", "benchmark", "seed")
 
 
 def recipe_yaml(report: Report) -> str:
     """The recipe with everything that is not a default, as a recipe file: `compress run` takes it."""
+    from compress.recipe import Benchmark, Recipe
+
     recipe = {key: value for key, value in finite(report.recipe).items() if key not in ("models", "output")}
-    shown = {key: value for key, value in recipe.items() if not _silent(key, value)}
+    shown = {key: value for key, value in recipe.items() if key in _SHOWN or not _default(Recipe, key, value)}
     if isinstance(shown.get("benchmark"), dict):
-        said = {key: value for key, value in shown["benchmark"].items() if not _silent(f"benchmark.{key}", value)}
+        said = {key: value for key, value in shown["benchmark"].items() if not _default(Benchmark, key, value)}
         shown["benchmark"] = said
         if not said:
             del shown["benchmark"]
@@ -35,8 +34,12 @@ def recipe_yaml(report: Report) -> str:
     return text
 
 
-def _silent(key: str, value: Any) -> bool:
-    return key in _SILENT and value == _SILENT[key]
+def _default(section: type[BaseModel], key: str, value: Any) -> bool:
+    """Whether a recipe says the same without this key."""
+    field = section.model_fields.get(key)
+    return (
+        field is not None and not field.is_required() and finite(field.get_default(call_default_factory=True)) == value
+    )
 
 
 def _step(step: Any) -> Any:

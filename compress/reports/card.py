@@ -92,7 +92,8 @@ def _cost(report: Report | None) -> list[str]:
 
 
 def _of_the_machine(metric: str) -> bool:
-    return metric.startswith(_OF_THE_MACHINE) or metric.endswith("_per_second")
+    base = metric.partition("/")[0]
+    return base.startswith(_OF_THE_MACHINE) or base.endswith("_per_second")
 
 
 def base_name(model: str) -> str:

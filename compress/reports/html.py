@@ -79,7 +79,7 @@ def content(report: Report, others: Sequence[Report] = ()) -> dict[str, Any]:
         "missed": [line for line in points(report) if not others],
         "tiles": tiles(report),
         "rows": [row for row in table.rows(report.original, report.compressed, report.comparison)
-                 if "/" not in row.metric],
+                 if not row.metric.startswith("accuracy/")],
         "areas": areas(report),
         "goals": [_goal(report, goal) for goal in report.goals],
         "verdicts": table.VERDICTS,

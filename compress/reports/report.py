@@ -115,6 +115,32 @@ class Verified(BaseModel):
     max_logit_difference: float | None = None
 
 
+class Export(BaseModel):
+    """A folder in `exports/`, loaded by its own engine in a fresh process, against the model in memory.
+
+    `bytes`: of all its files. `kl_divergence` (nats a token, in memory || export) and `mean_logprob_difference` (of the
+    text's next tokens, nats, without sign) are on the probe text; `allowed`: the most that the latter may be, and its
+    square the former.
+    `exact_difference`: the larger of the two where the engine rounds nothing but the weights, at most
+    `allowed_exactly`; null where it has no such arithmetic.
+    `same_tokens`: whether the engine cuts texts into the same ids; null where it has no tokenizer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format: str
+    path: str
+    bytes: int
+    by: str
+    reloaded: bool = False
+    allowed: float
+    kl_divergence: float | None = None
+    mean_logprob_difference: float | None = None
+    allowed_exactly: float = 1e-3
+    exact_difference: float | None = None
+    same_tokens: bool | None = None
+
+
 class Other(BaseModel):
     """A further model of `compress benchmark`, compared with the original."""
 
@@ -139,6 +165,7 @@ class Report(BaseModel):
     comparison: dict[str, Comparison] = Field(default_factory=dict)
     goals: list[GoalResult] = Field(default_factory=list)
     verified: Verified | None = None
+    exports: list[Export] = Field(default_factory=list)
     others: list[Other] = Field(default_factory=list)
     generations: list[dict[str, str]] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)

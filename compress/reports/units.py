@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 #: Plain names of the metrics, in the order in which tables show them.
 NAMES = {
     "perplexity": "Perplexity",
@@ -12,6 +14,7 @@ NAMES = {
     "bits_per_weight": "Bits per weight",
     "parameters": "Parameters",
     "peak_memory_bytes": "Peak memory",
+    "kv_cache_bytes_per_token": "KV cache per token",
     "prefill_tokens_per_second": "Prefill speed",
     "decode_tokens_per_second": "Decode speed",
     "first_token_seconds": "Time to first token",
@@ -27,12 +30,13 @@ def title(metric: str) -> str:
 
 
 def order(metrics: list[str]) -> list[str]:
-    """The metrics in the tables' order: known ones first, an area right after its metric."""
+    """The metrics in the order of tables: known ones first, areas right after their metric, `batch 4` before 16."""
     known = list(NAMES)
 
-    def key(metric: str) -> tuple[int, str, str]:
+    def key(metric: str) -> tuple[int, str, list[tuple[int, str]]]:
         base, _, area = metric.partition("/")
-        return (known.index(base) if base in known else len(known), base, area)
+        words = [(int(word), "") if word.isdigit() else (-1, word) for word in re.findall(r"[0-9]+|[^0-9]+", area)]
+        return (known.index(base) if base in known else len(known), base, words)
 
     return sorted(metrics, key=key)
 
