@@ -22,6 +22,7 @@ from compress.measure.benchmark import generations, measure_compressed, measure_
 from compress.measure.comparison import compare, original_figures
 from compress.measure.environment import environment
 from compress.measure.export_check import export_words, unverified, verify_export
+from compress.measure.flips import flips, worst
 from compress.measure.goals import check_goals
 from compress.measure.jobs import cache_folder
 from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
@@ -93,6 +94,7 @@ def run(
             report.compressed = found.figures
             report.comparison = compare(original, found, seed=recipe.seed)
             report.generations = generations(ready.job, original, found)
+            report.flips, report.worst = flips(original, found), worst(found)
             report.goals = check_goals(_goals(recipe), report.original, report.compressed)
             report.notes += [*original.notes, *found.notes]
             rewrite_cards(ready.output, recipe, report, ready.folder)

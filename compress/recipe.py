@@ -17,9 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from compress.errors import RecipeError
 from compress.recipe_changes import decisive, differences
 from compress.recipe_check import Checker, check_order, plain, step_name
-from compress.recipe_goals import TEXT_METRICS, VARIED, Goal, known_metric, parse_goal, parse_size
+from compress.recipe_goals import (
+    ANSWER_METRICS,
+    CLASS_METRICS,
+    TEXT_METRICS,
+    VARIED,
+    Goal,
+    known_metric,
+    parse_goal,
+    parse_size,
+)
 from compress.recipe_yaml import Document, Place
-from compress.registry import FORMATS, METRICS, PASSES, yaml_words
+from compress.registry import FORMATS, HUB, METRICS, PASSES, yaml_words
 
 if TYPE_CHECKING:
     from compress.passes.base import Pass
@@ -93,7 +102,10 @@ class Benchmark(_Section):
     metrics: tuple[str, ...] | None = None
     """Names of metrics; all cheap ones where absent."""
     tasks: tuple[str, ...] = ()
-    """Files of test items (.jsonl), or `builtin:<name>`."""
+    """Files of test items (.jsonl), `builtin:<name>`; with the extra `harness` also names of tasks, groups and tags of
+    lm-evaluation-harness, and files of tasks in its format (.yaml)."""
+    limit: int | None = Field(default=None, ge=1)
+    """Most items of each task or area, the first ones; all where absent."""
     goals: dict[str, str | int | float] = Field(default_factory=dict)
     """Metric -> what it must reach: a change (`+2%`, `-1pt`) or a figure (`2GB`). Missing one ends in exit code 3."""
     runtimes: tuple[str, ...] = ("transformers",)
@@ -350,7 +362,12 @@ def _benchmark(
         if known_metric(metric) and benchmark.metrics is not None and family not in benchmark.metrics:
             check.problem(place, f"{family} is not measured; add it to benchmark.metrics.")
     given = benchmark.tasks or ((home,) if home else ())
-    tasks = [check.source(("benchmark", "tasks", index), task, builtin, hub=False) for index, task in enumerate(given)]
+    tasks: list[str] = []
+    for index, task in enumerate(given):
+        found = check.task(("benchmark", "tasks", index), task, builtin)
+        if found in tasks:
+            check.problem(("benchmark", "tasks", index), f"{task} is there twice; leave one out.")
+        tasks.append(found)
     return benchmark.model_copy(update={"tasks": tuple(tasks)})
 
 
@@ -372,5 +389,10 @@ def _requirements(check: Checker, passes: Sequence[Pass], data: Data, benchmark:
     for place, metric in asked:
         if metric in TEXT_METRICS and data.evaluation is None:
             check.problem(place, f"{metric} needs text: give data.evaluation a .txt or .jsonl file.")
-        if metric.partition("/")[0] == "accuracy" and not benchmark.tasks:
+        if metric in CLASS_METRICS and data.evaluation is None:
+            words = "needs texts with labels: give data.evaluation a .jsonl file of text + label."
+            check.problem(place, f"{metric} {words}")
+        answers = metric in ANSWER_METRICS or metric.startswith(HUB)
+        labelled = metric == "accuracy" and data.evaluation is not None  # of a model that classifies
+        if (answers or metric.partition("/")[0] == "accuracy") and not benchmark.tasks and not labelled:
             check.problem(place, f"{metric} needs test items: give benchmark.tasks a .jsonl file of them.")

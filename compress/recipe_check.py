@@ -195,6 +195,25 @@ class Checker:
             self.problem(place, f"no such file: {path}; allowed: a .txt or .jsonl file, builtin:{builtin[0]}.{near}")
         return source
 
+    def task(self, place: Place, task: str, builtin: Sequence[str]) -> str:
+        """A benchmark task: a file of items or of a task as an absolute path, `builtin:<name>`, a name of lm-eval."""
+        if not of_harness(task):
+            return self.source(place, task, builtin, hub=False)
+        from compress.measure.harness_tasks import is_task_file, missing_package, name_problem
+
+        if is_task_file(task):
+            path = self.path(place, task)
+            if not path.is_file():
+                self.problem(place, f"no such file: {path}.{nearest_file(path)}")
+            elif (missing := missing_package()) is not None:
+                self.problem(place, f"{missing}")
+            return str(path)
+        if os.path.exists(self.path(place, task)):
+            return self.source(place, task, builtin, hub=False)
+        if (problem := name_problem(task)) is not None:
+            self.problem(place, problem)
+        return task
+
     def path(self, place: Place, text: str) -> Path:
         """`text` as an absolute path: from the recipe's folder, in overrides from the working folder."""
         return Path(os.path.abspath(self.document.base_of(place) / os.path.expanduser(text)))
@@ -204,6 +223,13 @@ class Checker:
         if source not in allowed:
             near = nearest(source, allowed)
             self.problem(place, f"{yaml_words(source)} does not exist; allowed: {', '.join(allowed)}.{near}")
+
+
+def of_harness(task: str) -> bool:
+    """Whether a task is one of lm-evaluation-harness, by name or in a file of its format: not items of our own."""
+    if task.lower().endswith((".yaml", ".yml")):
+        return True
+    return not (task.startswith("builtin:") or looks_like_path(task) or task.lower().endswith((".jsonl", ".txt")))
 
 
 def looks_like_path(text: str) -> bool:

@@ -19,9 +19,12 @@ _FIGURE = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _GOAL = re.compile(rf"([-+]?)\s*({_FIGURE})\s*(%|pt)?")
 
 #: Metrics that are shares of 1, so that percentage points and plain percentages of them mean something.
-SHARES = ("accuracy", "top1_agreement")
+SHARES = ("accuracy", "top1_agreement", "f1", "exact_match", "rouge_l")
 #: Metrics that read `data.evaluation`.
-TEXT_METRICS = ("perplexity", "kl_divergence", "top1_agreement")
+TEXT_METRICS = ("perplexity", "bits_per_byte", "kl_divergence", "kl_divergence_p99", "top1_agreement")
+#: Metrics of a model that classifies the texts of `data.evaluation`, and of answers that it writes to test items.
+CLASS_METRICS = ("f1", "matthews_correlation")
+ANSWER_METRICS = ("exact_match", "rouge_l")
 
 #: Metrics that are measured in several settings and runtimes, as `decode_tokens_per_second/batch 4`.
 VARIED = (
@@ -106,8 +109,8 @@ def parse_goal(metric: str, value: str | int | float) -> Goal:
         raise RecipeError(f"{yaml_words(value)} is a share, and {metric} is not one; write a change as in +2%.")
     if unit == "pt" and not sign:
         raise RecipeError(f"{yaml_words(value)} needs a sign: percentage points are a change, as in -1pt.")
-    if sign and base == "kl_divergence":
-        raise RecipeError(f"{yaml_words(value)} is a change, and the original's kl_divergence is 0; write a figure.")
+    if sign and base in ("kl_divergence", "kl_divergence_p99"):
+        raise RecipeError(f"{yaml_words(value)} is a change, and the original's {metric} is 0; write a figure.")
     bound = (-figure if sign == "-" else figure) / (100 if unit else 1)
     if not sign:
         return Goal(metric, "absolute", bound, text)

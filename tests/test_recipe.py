@@ -466,7 +466,7 @@ def test_a_local_folder_is_the_model_and_hub_ids_stay(tmp_path: Path) -> None:
         ({"model": "gpt2", "data": {"calibration": "./texts"}}, ["no such file", "allowed: a .txt or .jsonl file"]),
         ({"model": "gpt2", "data": {"calibration": "model"}}, ["is a folder; allowed: a .txt or .jsonl file"]),
         ({"model": "gpt2", "data": {"calibration": "table.csv"}}, ["table.csv is neither a .txt nor a .jsonl file"]),
-        ({"model": "gpt2", "benchmark": {"tasks": ["arc_easy"]}}, ["benchmark.tasks.0: no such file"]),
+        ({"model": "gpt2", "benchmark": {"tasks": ["./arc_easy"]}}, ["benchmark.tasks.0: no such file"]),
         ({"model": "gpt2", "data": {"calibration": "x" * 5000 + ".txt"}}, ["no such file"]),
     ],
 )  # fmt: skip

@@ -8,26 +8,20 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.errors import StartError
 from compress.locating import adapter_beside
 from compress.measure.fork_server import ForkServer
-from compress.measure.jobs import JobResult, fingerprint, job_server, key_of
+from compress.measure.jobs import fingerprint, job_server, key_of
 from compress.measure.measurements import BenchmarkJob, Measurements
+from compress.measure.quality import quality
 from compress.measure.running import Place, measure_agreement, measure_memory, measure_speed, speed_detail
 from compress.progress import Progress
 from compress.registry import METRICS
 from compress.reports import units
 from compress.reports.report import Figure, Other, Report
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from compress.measure.vocabularies import Pairing
-
-#: Most tokens written after each prompt.
-PROMPT_TOKENS = 48
 #: Models up to this size have their memory measured while their quality is.
 BESIDE_LIMIT = 500_000_000
 #: Why the original has no figure of how near another runtime is.
@@ -61,7 +55,7 @@ def measure_original(
         remember = partial(measure_memory, found, plain, place, title="original", dtype=job.dtype)
         told: set[str] = set()
         with _meanwhile(remember, job, found):
-            _quality(found, job, place, state, causal=causal, original=None)
+            quality(found, job, place, state, causal=causal, original=None)
         _files(found, int(found.records["parameters"][0]))
         _tell(found, job, place, "original", told)
         if speed:
@@ -100,7 +94,7 @@ def measure_compressed(
         remember = partial(measure_memory, found, job, place, title="compressed", dtype="auto")
         told: set[str] = set()
         with _meanwhile(remember, job, first):
-            _quality(found, job, place, state, causal=causal, original=first)
+            quality(found, job, place, state, causal=causal, original=first)
         _files(found, int(first.records["parameters"][0]))
         _tell(found, job, place, "compressed", told)
         measure_agreement(found, job, place)
@@ -149,6 +143,7 @@ def benchmark(
     the rest. `kept_in`: where figures of the first are kept for other runs."""
     from compress.measure.comparison import compare, original_figures
     from compress.measure.environment import environment
+    from compress.measure.flips import flips, worst
 
     if not models:
         raise StartError("compress benchmark needs a model: the original, then those to compare with it.")
@@ -165,9 +160,12 @@ def benchmark(
                 report.original = original_figures(first, found)
                 report.compressed, report.comparison = found.figures, compare(first, found, seed=job.seed)
                 report.generations = generations(job, first, found)
+                report.flips, report.worst = flips(first, found), worst(found)
             else:
                 compared = compare(first, found, seed=job.seed)
-                report.others.append(Other(model=model, measurements=found.figures, comparison=compared))
+                other = Other(model=model, measurements=found.figures, comparison=compared)
+                other.flips, other.worst = flips(first, found), worst(found)
+                report.others.append(other)
     return report
 
 
@@ -191,74 +189,11 @@ def _meanwhile(work: Callable[[], None], job: BenchmarkJob, largest: Measurement
         running.result()
 
 
-def _quality(
-    found: Measurements, job: BenchmarkJob, place: Place, state: str, *, causal: bool, original: Measurements | None
-) -> None:
-    """Fills in the records of windows and items, and the count of parameters."""
-    headless = "the model has no head that gives next-token probabilities"
-    text = causal and job.windows is not None and (job.wants("text") or job.wants("reference"))
-    asked = causal and job.wants("items")
-    reference = text and original is not None and job.wants("reference")
-    found.reasons["text"] = headless if not causal else job.windows_reason
-    found.reasons["reference"] = headless if not causal else job.windows_reason
-    found.reasons["items"] = headless if not causal else "no items were given (benchmark.tasks)"
-    items = {area: [dict(item) for item in entries] for area, entries in job.items.items()} if asked else {}
-    request = {
-        "kind": "quality", "model": str(found.folder), "dtype": "auto" if original else job.dtype,
-        "reference": str(original.folder) if reference and original else None, "reference_dtype": job.dtype,
-        "items": items, "prompts": list(job.prompts) if causal else [], "prompt_tokens": PROMPT_TOKENS,
-        "device": job.device, "threads": job.threads, "seed": job.seed,
-    }  # fmt: skip
-    inputs: dict[str, Tensor] = {}
-    if text and job.windows is not None:
-        inputs = {"windows": job.windows} if job.mask is None else {"windows": job.windows, "mask": job.mask}
-    pairing = _paired(original, found, job) if text and original is not None else None
-    if pairing is not None:
-        inputs |= {"new_windows": pairing.windows, "token_of": pairing.token_of, "shared": pairing.shared}
-    title = "compressed: quality" if original else "original: quality"
-    key = key_of(state, {**request, "model": "", "reference": reference}, *inputs.values())
-    result = place.run(request, title, inputs=inputs, key=key, reusable=True)
-    if pairing is not None:
-        found.notes.append(_vocabulary_note(pairing, result.records))
-    _take(found, result, ("text", "reference", "items", "files"))
-    found.records |= {key: value.numpy() for key, value in result.records.items()}
-    found.records["parameters"] = [result.values["parameters"]]
-    found.generations = result.values.get("generations", [])
-    correct = result.values.get("correct")
-    if correct:
-        found.records["correct"] = [score for scores in correct.values() for score in scores]
-        found.records["area"] = [area for area, scores in correct.items() for _ in scores]
-
-
-def _paired(original: Measurements, found: Measurements, job: BenchmarkJob) -> Pairing | None:
-    """The windows in the new model's tokens, where its tokenizer was cut."""
-    from compress.locating import context_length
-    from compress.measure.runtimes import read_config
-    from compress.measure.vocabularies import pair
-
-    assert job.windows is not None
-    context = context_length(read_config(found.folder))
-    return pair(original.folder, found.folder, job.windows, job.mask, context)
-
-
-def _vocabulary_note(pairing: Pairing, records: Mapping[str, Tensor]) -> str:
-    from compress.measure.vocabularies import note
-
-    tokens = float(records["tokens"].sum())
-    return note(pairing, float(records["mass"].sum()) / tokens if "mass" in records else None)
-
-
 def _files(found: Measurements, original_parameters: int) -> None:
     adapter = adapter_beside(found.folder)
     folders = [found.folder] if adapter is None else [found.folder, adapter]
     sizes = [file.stat().st_size for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     found.records |= {"file_bytes": sizes, "total_bytes": [sum(sizes)], "original_parameters": [original_parameters]}
-
-
-def _take(found: Measurements, result: JobResult, needs: tuple[str, ...]) -> None:
-    for need in needs:
-        found.runtimes[need] = result.values["runtime"]
-    found.notes += [note for note in result.values["notes"] if note not in found.notes]
 
 
 def _figures(found: Measurements, job: BenchmarkJob, *, is_original: bool) -> None:
@@ -270,7 +205,8 @@ def _figures(found: Measurements, job: BenchmarkJob, *, is_original: bool) -> No
         elif (figure := figure_of(metric, name, found.records, found)) is not None:
             found.figures[name] = figure
             for area, entry in figure.detail.get("areas", {}).items():
-                found.figures[f"{name}/{area}"] = _like(figure, entry)
+                detail = {"metrics": found.task_metrics[area]} if area in found.task_metrics else {}
+                found.figures[f"{name}/{area}"] = _like(figure, {**entry, "detail": detail})
             if "areas" in figure.detail:
                 found.figures[name] = figure.model_copy(update={"detail": {}})
         for variant in _variants(name, found) if {"speed", "memory", "reference"} & metric.needs else ():
@@ -279,6 +215,11 @@ def _figures(found: Measurements, job: BenchmarkJob, *, is_original: bool) -> No
                 found.figures[variant] = more
             if "reference" in metric.needs:  # the original has no such figure
                 found.beside_figures[variant] = Figure(value=None, reason=FROM_ITSELF)
+        if "reference_text_nll" in found.records and name == "bits_per_byte":
+            before = {key: found.records[f"reference_{key}"] for key in ("text_nll", "text_bytes")}
+            beside = figure_of(metric, name, before, found)
+            assert beside is not None
+            found.beside_figures[name] = beside
         recorded = [key for key in found.beside if key.partition("/")[0] == name]
         for variant in dict.fromkeys([name, *recorded]) if "speed" in metric.needs and found.beside else ():
             beside = figure_of(metric, variant, found.beside, found, of="beside")

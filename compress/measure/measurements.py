@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.registry import METRICS
+from compress.registry import HUB, METRICS
 from compress.reports.report import Figure
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class BenchmarkJob:
     [n, length], False where padded. `items`: area -> items. `metrics`: names, or None for all that can be measured.
     `dtype` is the one the original is loaded in; a compressed folder states its own. `runtimes` are timed besides
     transformers, which always is. `watts` of one busy core allow an estimate of energy where there is no counter.
+    `labels`: int64 [n], the class of each window for a model that classifies, whose names are `class_names`. `tasks`:
+    names and files of the harness's tasks, whose content `tasks_state` names; `limit`: the first so many items of each.
     """
 
     windows: Tensor | None = None
@@ -92,6 +94,11 @@ class BenchmarkJob:
     dtype: str = "auto"
     seed: int = 0
     speed: SpeedSettings = SpeedSettings()
+    labels: Tensor | None = None
+    class_names: Mapping[int, str] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    tasks_state: str = ""
+    limit: int | None = None
     runtimes: tuple[str, ...] = ("transformers",)
     watts: float | None = None
 
@@ -99,11 +106,19 @@ class BenchmarkJob:
         """Whether a wanted metric needs this (`text`, `items`, `reference`, `speed`, `memory`, `files`)."""
         return any(need in METRICS.get(name).needs for name in self.names())
 
+    def shown(self, area: str) -> list[tuple[str, str]]:
+        """What the items of an area ask, and their right answers."""
+        from compress.measure.items import shown
+
+        return [shown(item) for item in self.items[area]]
+
     def names(self) -> list[str]:
-        """The wanted metrics as the registry names them (`accuracy/facts` is measured as `accuracy`)."""
+        """The wanted metrics as the registry names them (`accuracy/facts` is measured as `accuracy`). Unless they are
+        named, not those that a model has to write answers for, and those of classes where there are no labels."""
         if self.metrics is None:
-            return METRICS.names()
-        return list(dict.fromkeys(name.split("/")[0] for name in self.metrics))
+            left_out = {"answers"} if self.labels is not None else {"answers", "classes"}
+            return [name for name in METRICS.names() if not left_out & set(METRICS.get(name).needs)]
+        return list(dict.fromkeys(name if name.startswith(HUB) else name.split("/")[0] for name in self.metrics))
 
 
 @dataclass
@@ -112,6 +127,8 @@ class Measurements:
 
     `beside` holds records of the original taken in turn with this model's: speeds are compared with those. `costs`: by
     runtime ("" for transformers, "beside" for the original) what its speeds rest on.
+    `item_texts`: of each item in `records["correct"]`, what is asked and the right answer; `task_metrics`: all that the
+    harness measures of a task; `worst`: the windows that differ most from the original's, the fields of `WorstText`.
     """
 
     model: str
@@ -125,3 +142,6 @@ class Measurements:
     costs: dict[str, Any] = field(default_factory=dict)
     generations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    item_texts: list[tuple[str, str]] = field(default_factory=list)
+    task_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    worst: list[dict[str, Any]] = field(default_factory=list)

@@ -55,89 +55,11 @@ def tell(job: Job, done: int, total: int, detail: str = "") -> None:
 
 
 def quality(job: Job) -> Result:
-    """Scores windows and items of one model, beside `reference` (read in lock step) where KL is wanted."""
+    """What one model answers: see `compress.measure.scoring`."""
     _settle(job)
-    from safetensors.torch import load_file
+    from compress.measure.scoring import measure_quality
 
-    from compress.allocator import settle_allocator
-    from compress.measure.likelihood import window_scores
-    from compress.measure.runtimes import load_plain
-    from compress.measure.vocabularies import Pairing, paired_scores
-
-    settle_allocator()
-    folder = Path(job["model"])
-    model, runtime, notes = _load_for_quality(job, folder)
-    values: dict[str, Any] = {"runtime": runtime, "notes": notes, "parameters": count_parameters(model)}
-    records: dict[str, Any] = {}
-    if job.get("inputs"):
-        inputs = load_file(job["inputs"])
-        reference = None
-        if job.get("reference"):
-            reference = load_plain(Path(job["reference"]), dtype=job["reference_dtype"], device=job["device"])
-        if "token_of" in inputs:
-            pairing = Pairing(inputs["new_windows"], inputs["token_of"], inputs["shared"], 0)
-            scores, mass = paired_scores(
-                model, inputs["windows"], pairing, reference=reference, mask=inputs.get("mask")
-            )
-            records = {"mass": mass} if reference is not None else {}
-        else:
-            told = partial(_windows_done, job, len(inputs["windows"]))
-            scores = window_scores(model, inputs["windows"], reference=reference, mask=inputs.get("mask"), told=told)
-        records |= {key: value for key, value in vars(scores).items() if value is not None}
-        del reference
-    if job.get("items") or job.get("prompts"):
-        values |= _answers(job, folder, model)
-    return values, records
-
-
-def _windows_done(job: Job, windows: int, done: int) -> None:
-    tell(job, done, windows, "windows of text")
-
-
-def items_of(job: Job) -> int:
-    """How many test items a job has."""
-    return sum(len(items) for items in job["items"].values())
-
-
-def _answers(job: Job, folder: Path, model: Any) -> dict[str, Any]:
-    from compress.locating import context_length
-    from compress.measure.items import score_items
-    from compress.measure.runtimes import load_tokenizer
-    from compress.measure.speed import generate
-
-    tokenizer = load_tokenizer(folder)
-    context = context_length(model.config)
-    correct: dict[str, list[int]] = {}
-    for area, items in job["items"].items():
-        tell(job, sum(map(len, correct.values())), items_of(job), f"items: {area}")
-        correct[area] = score_items(model, tokenizer, items, context=context)
-    texts = []
-    for prompt in job["prompts"]:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(job["device"])
-        written = generate(model, ids, job["prompt_tokens"], fixed=False)[0, ids.shape[1] :]
-        texts.append(tokenizer.decode(written, skip_special_tokens=True))
-    return {"correct": correct, "generations": texts}
-
-
-def _load_for_quality(job: Job, folder: Path) -> tuple[Any, str, list[str]]:
-    """Plain transformers wherever it can; else the packed runtime, with a note. The cache is packed if the folder's
-    history says so, with a note."""
-    from compress.loading import recorded_cache
-    from compress.measure.runtimes import Transformers, is_compressed, load_plain
-    from compress.nn.quant_cache import use_packed_cache
-
-    spec = recorded_cache(folder)
-    words = f"Quality was measured with keys and values read back from a cache of {spec.bits} bits." if spec else ""
-    notes = [words] if spec else []
-    try:
-        model = load_plain(folder, dtype=job["dtype"], device=job["device"])
-        use_packed_cache(model, spec)
-        return model, "transformers", notes
-    except CompressError as error:
-        if not is_compressed(folder):
-            raise
-        loaded = Transformers().load(folder, dtype=job["dtype"], device=job["device"])
-        return loaded.model, loaded.runtime, [f"Quality was measured through {loaded.runtime}: {error}", *notes]
+    return measure_quality(job)
 
 
 def speed(job: Job) -> Result:

@@ -10,6 +10,8 @@ from pydantic import BaseModel
 from compress.reports import units
 from compress.reports.report import Report
 
+#: Items that are shown.
+SHOWN = 10
 CHANGES = {"right_to_wrong": "right to wrong", "wrong_to_right": "wrong to right"}
 
 
@@ -43,7 +45,7 @@ def changed_items(report: Report) -> ChangedItems | None:
             "change": CHANGES.get(str(each.get("change")), str(each.get("change"))),
             "text": str(each.get("text", "")), "answer": str(each.get("answer", "")),
         }
-        for each in flips.get("examples", [])
+        for each in flips.get("examples", [])[:SHOWN]
     ]  # fmt: skip
     return ChangedItems(sentence, areas, examples)
 

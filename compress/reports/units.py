@@ -7,8 +7,14 @@ import re
 #: Plain names of the metrics, in the order in which tables show them.
 NAMES = {
     "perplexity": "Perplexity",
+    "bits_per_byte": "Bits per byte of text",
     "accuracy": "Accuracy",
+    "f1": "F1, mean of the classes",
+    "matthews_correlation": "Matthews correlation",
+    "exact_match": "Exact answers",
+    "rouge_l": "ROUGE-L of answers",
     "kl_divergence": "KL divergence, nats per token",
+    "kl_divergence_p99": "KL divergence, 99th percentile of tokens",
     "top1_agreement": "Same most likely token",
     "weights_bytes": "Weights on disk",
     "bits_per_weight": "Bits per weight",
@@ -76,7 +82,7 @@ def human(value: float | None, unit: str) -> str:
             return f"{number(value)} tok/s"
         case "weights":
             return scaled(value, "", ("", "k", "M", "G"))
-        case "" | "perplexity" | "nats/token":
+        case "" | "perplexity" | "nats/token" | "nats" | "bits/byte":
             return number(value)
         case _:
             return f"{number(value)} {unit}"
