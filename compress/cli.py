@@ -125,6 +125,7 @@ def benchmark(
     print_report(report)
     if output is not None:
         click.echo(Path(output).resolve() / "report.json")
+    sys.exit(0 if report.goals_met else GOAL_MISSED)
 
 
 @commands.command()
@@ -156,12 +157,13 @@ def generate(
 
 @commands.command()
 @click.argument("folders", nargs=-1, required=True, metavar="DIR [DIR ...]")
+@click.option("--output", metavar="FILE", help="File of the page, as in comparison.html.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def report(folders: Sequence[str], debug: bool) -> None:
+def report(folders: Sequence[str], output: str | None, debug: bool) -> None:
     """Make the report pages of finished runs again; of several runs, one page that compares them."""
     from compress.reports import render
 
-    click.echo(render([Path(folder) for folder in folders]))
+    click.echo(render([Path(folder) for folder in folders], output))
 
 
 @commands.command()

@@ -126,6 +126,12 @@ class Benchmark(_Section):
     and marked as estimated."""
     prompts: tuple[str, ...] = ()
     """Texts to continue with both models; the report shows them side by side."""
+    damage: bool | None = None
+    """After each pass, what it did to each block and layer: blocks / 2 + 2 forwards of 1024 tokens. Absent: for models
+    up to 500 MB of weights."""
+    stages: bool | None = None
+    """After each pass but the last, perplexity on the evaluation text (one more reading of it a pass) and size. Absent:
+    for models up to 500 MB of weights."""
 
     def variants(self) -> set[str]:
         """What stands behind the names of speeds and memory: `llama.cpp`, `batch 4`, `prompt 2048`."""
