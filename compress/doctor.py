@@ -14,7 +14,7 @@ from compress import __version__
 
 _PACKAGES = (
     "torch", "transformers", "compressed-tensors", "accelerate", "evaluate", "peft", "bitsandbytes", "gguf",
-    "llama-cpp-python",
+    "llama-cpp-python", "onnxruntime-genai",
 )  # fmt: skip
 
 

@@ -211,7 +211,8 @@ class _Walkthrough:
                 raise StartError(f"{'model/' if name == own else 'export'}: {reason}")
         written = sum(self._folder_bytes(name) for name in formats)
         disk = sum(self.stages) + written + len(formats) * self.beside + SMALL_FILES_BYTES
-        parts = costs.exporting(self.shape, self.holding, self._folder_bytes())
+        opened = max((self._folder_bytes(name) for name in formats if _named(name).runtime), default=0)
+        parts = costs.exporting(self.shape, self.holding, self._folder_bytes(), opened)
         return self._step(EXPORT, parts, disk, note)
 
     def _measuring(self, weights_bytes: int | None) -> costs.Parts:

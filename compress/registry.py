@@ -117,6 +117,7 @@ FORMATS = Registry(
         "compressed-tensors": "compress.formats.compressed_tensors:CompressedTensors",
         "dense": "compress.formats.dense:Dense",
         "gguf": "compress.formats.gguf:GGUF",
+        "onnx": "compress.formats.onnx:Onnx",
         "packed": "compress.formats.packed:Packed",
     },
     "compress.formats",
@@ -125,6 +126,7 @@ RUNTIMES = Registry(
     "runtime",
     {
         "llama.cpp": "compress.measure.llama_cpp:LlamaCpp",
+        "onnxruntime": "compress.measure.onnxruntime_engine:OnnxRuntime",
         "transformers": "compress.measure.runtimes:Transformers",
     },
     "compress.runtimes",

@@ -125,6 +125,13 @@ class Format(ABC):
         in the logits costs s**2 / 2."""
         return 1e-3
 
+    def allowed_exactly(self, contents: Contents) -> float:
+        """As `allowed_difference`, of `Runtime.exact`: what is left is what the model in memory rounds itself,
+        everything to 16 bits, or the weights of asymmetric grids, which it multiplies in their scales' dtype."""
+        if contents.dtype != torch.float32:
+            return 0.2 if contents.dtype == torch.bfloat16 else 0.03
+        return 1e-3 if all(spec.symmetric for spec in contents.quantization.values()) else 1e-2
+
     @abstractmethod
     def write(self, folder: Path, contents: Contents) -> None:
         """Write everything into `folder`, which exists and is empty. `write_model_folder` makes that atomic."""

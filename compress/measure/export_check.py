@@ -35,12 +35,19 @@ def unverified(name: str, folder: Path, contents: Contents) -> list[Export]:
         return []
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     allowed = form.allowed_difference(contents)
-    return [Export(format=name, path=f"exports/{name}", bytes=size, by=form.runtime, allowed=allowed)]
+    exactly = form.allowed_exactly(contents)
+    return [
+        Export(
+            format=name, path=f"exports/{name}", bytes=size, by=form.runtime, allowed=allowed, allowed_exactly=exactly
+        )
+    ]  # fmt: skip
 
 
 def export_words(export: Export) -> str:
     """What the check showed, for the report."""
     cut = "; it cuts text into the same tokens" if export.same_tokens else ""
+    if export.exact_difference is not None:
+        cut = f"; where nothing but the weights is rounded, {export.exact_difference:.2g}{cut}"
     return (
         f"{export.path} ({export.bytes / 1e6:.3g} MB) was reloaded by {export.by} in a fresh process: its "
         f"log-likelihoods are {export.mean_logprob_difference:.2g} nats a token from those of the model in memory (for "
@@ -65,7 +72,7 @@ def verify_export(
     """
     folder = output / export.path
     texts = [] if tokenizer is None else [PROBE_TEXT, *tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    found, tokens = engine_output(folder, export.by, ids, texts, workdir, threads=threads)
+    found, exact, tokens = engine_output(folder, export.by, ids, texts, workdir, threads=threads)
     if found.shape != logits.shape:
         raise CompressError(
             f"{folder} was reloaded by {export.by} and is another model: its output has shape {tuple(found.shape)}, "
@@ -78,6 +85,15 @@ def verify_export(
             f"{difference:.3g} nats a token ({export.allowed:g} is allowed), KL {divergence:.3g} "
             f"({export.allowed**2:.3g} is). The export is not verified."
         )
+    stored = None
+    if exact is not None:
+        stored = max(likelihood_differences(logits, exact, ids))
+        if not stored <= export.allowed_exactly:
+            raise CompressError(
+                f"{folder} was reloaded by {export.by} and differs from the model in memory where nothing but its "
+                f"weights is rounded: by {stored:.3g} nats a token, {export.allowed_exactly:g} is allowed. The export "
+                "is not verified."
+            )
     same = None
     if tokenizer is not None and tokens is not None:
         if said := tokens_differ(export.by, tokenizer, texts, tokens):
@@ -88,6 +104,7 @@ def verify_export(
             "reloaded": True,
             "kl_divergence": divergence,
             "mean_logprob_difference": difference,
+            "exact_difference": stored,
             "same_tokens": same,
         }
     )
@@ -128,9 +145,9 @@ def tokens_by_engine(file: Path, texts: Sequence[str]) -> list[list[list[int]]]:
 
 def engine_output(
     folder: Path, runtime: str, ids: Tensor, texts: Sequence[str], workdir: Path, *, threads: int = 1
-) -> tuple[Tensor, list[list[list[int]]] | None]:
-    """Float32 logits [n, length, vocabulary] of an export in a fresh process, and each text's tokens: without and with
-    special ones (None where the engine has no tokenizer)."""
+) -> tuple[Tensor, Tensor | None, list[list[list[int]]] | None]:
+    """Float32 logits [n, length, vocabulary] of an export in a fresh process; those of its exact arithmetic, where it
+    has one; and each text's tokens: without and with special ones (None where the engine has no tokenizer)."""
     from safetensors.torch import load_file, save_file
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -139,7 +156,8 @@ def engine_output(
         save_file({"ids": ids.contiguous()}, work / "ids.safetensors")
         job = {"folder": str(folder), "runtime": runtime, "texts": list(texts), "threads": threads}
         values = _in_a_process(job, work, f"loading {folder} by {runtime}", threads)
-        return load_file(work / "output.safetensors")["output"].clone(), values["tokens"]
+        output = {name: tensor.clone() for name, tensor in load_file(work / "output.safetensors").items()}
+        return output["output"], output.get("exact"), values["tokens"]
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -175,15 +193,21 @@ def _opened(job: dict[str, Any], out: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    engine = RUNTIMES.get(job["runtime"])().open(Path(job["folder"]), threads=job["threads"], device="cpu")
+    runtime, folder = RUNTIMES.get(job["runtime"])(), Path(job["folder"])
+    ids = load_file(out / "ids.safetensors")["ids"].tolist()
+    engine = runtime.open(folder, threads=job["threads"], device="cpu")
     try:
-        rows = [engine.logits(row.tolist()) for row in load_file(out / "ids.safetensors")["ids"]]
+        rows = [engine.logits(row) for row in ids]
         tokens = [[engine.tokens(text, special=special) for special in (False, True)] for text in job["texts"]]
     finally:
         engine.close()
     if any(row is None for row in rows):
         raise CompressError("its engine tells no logits, so nothing can be compared")
-    save_file({"output": torch.from_numpy(np.stack(rows))}, out / "output.safetensors")
+    found = {"output": rows}
+    exact = runtime.exact(folder, threads=job["threads"])  # once the engine has given back what it held
+    if exact is not None:
+        found["exact"] = [exact(row) for row in ids]
+    save_file({name: torch.from_numpy(np.stack(each)) for name, each in found.items()}, out / "output.safetensors")
     return {"tokens": None if any(None in pair for pair in tokens) else tokens}
 
 

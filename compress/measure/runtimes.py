@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import CompressError
 from compress.measure.engine import Engine
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Token ids -> float32 `[ids, vocabulary]`.
+Logits = Callable[[Sequence[int]], "np.ndarray"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,11 @@ class Runtime(ABC):
     def open(self, folder: Path, *, threads: int, device: str) -> Engine:
         """The folder, ready to run on `device` ("cpu" or "cuda") with so many threads. CompressError, in one sentence,
         where it cannot be opened."""
+
+    def exact(self, folder: Path, *, threads: int) -> Logits | None:
+        """As `Engine.logits` of the folder, in arithmetic that rounds nothing but the weights; None where there is no
+        other arithmetic than the engine's own. It shows that a difference is the arithmetic's, not the file's."""
+        return None
 
 
 class Transformers(Runtime):

@@ -119,6 +119,8 @@ class Export(BaseModel):
     `bytes`: of all its files. `kl_divergence` (nats a token, in memory || export) and `mean_logprob_difference` (of the
     text's next tokens, nats, without sign) are on the probe text; `allowed`: the most that the latter may be, and its
     square the former.
+    `exact_difference`: the larger of the two where the engine rounds nothing but the weights, at most
+    `allowed_exactly`; null where it has no such arithmetic.
     `same_tokens`: whether the engine cuts texts into the same ids; null where it has no tokenizer.
     """
 
@@ -132,6 +134,8 @@ class Export(BaseModel):
     allowed: float
     kl_divergence: float | None = None
     mean_logprob_difference: float | None = None
+    allowed_exactly: float = 1e-3
+    exact_difference: float | None = None
     same_tokens: bool | None = None
 
 

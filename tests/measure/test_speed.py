@@ -47,11 +47,11 @@ class Fake(Engine):
         self.held = len(ids) * len(ids[0])
         self.time.now += self.read * self.held
         self.time.log.append((self.name, len(ids), len(ids[0])))
-        self.fresh, self.rows = True, len(ids)
+        self.fresh, self.rows, self.written = True, len(ids), 0
 
     def step(self):
         self.time.now += 0 if self.fresh else self.write
-        self.fresh = False
+        self.fresh, self.written = False, self.written + 1
         return [0] * self.rows
 
 
@@ -68,6 +68,12 @@ def test_figures_are_tokens_by_the_time_that_they_took():
         "decode_tokens_per_second": [0.5] * 3,
     }
     assert found.reasons == {}
+
+
+def test_as_many_tokens_are_written_as_the_settings_say():
+    engine = Fake(Time())
+    timed(engine)
+    assert engine.written == 5
 
 
 def test_engines_take_turns():
