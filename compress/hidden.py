@@ -21,10 +21,11 @@ from compress.maths.hessian import CrossMoment, Hessian, NotPositiveDefinite
 from compress.model import Block, ModelHandle, find_stacks
 from compress.narrowing import fill
 from compress.passes.wanda import ColumnNorms
+from compress.places import find_landing, probe_windows, put
 from compress.reshaping import empty_model, take_shape
 from compress.residual import find_ends
 from compress.stream import CalibrationStream
-from compress.units import find_landing, model_embedding, probe_windows, put, shrunk_tensors
+from compress.units import model_embedding, shrunk_tensors
 from compress.walk import over_blocks
 
 if TYPE_CHECKING:

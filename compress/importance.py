@@ -11,9 +11,9 @@ from compress.budget import batch_tokens
 from compress.calibration import hooked
 from compress.data import Windows
 from compress.model import Block, ModelHandle
+from compress.places import Places
 from compress.sensitivity import likelihood_slopes
 from compress.stream import CalibrationStream
-from compress.units import Places
 
 #: For each block, by name: for each kind of part, a figure for each part.
 Scores = Mapping[str, Sequence[Sequence[float]]]

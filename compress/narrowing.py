@@ -21,11 +21,12 @@ from compress.importance import Scores, taylor_scores
 from compress.maths.elimination import eliminate, refitted, without
 from compress.maths.hessian import CrossMoment, Hessian, NotPositiveDefinite
 from compress.model import Block, Layer, ModelHandle, find_stacks
+from compress.places import Places, cut, find_landing, find_places, probe_windows, put
 from compress.reshaping import empty_model, take_shape
 from compress.sensitivity import divergence, replaced
 from compress.stacks import Stack
 from compress.stream import CalibrationStream
-from compress.units import Places, Units, cut, fewer, find_landing, find_places, probe_windows, put
+from compress.units import Units, fewer
 from compress.walk import over_blocks
 
 if TYPE_CHECKING:

@@ -1,9 +1,8 @@
-"""Parts of blocks that can be taken out (channels of the MLP, groups of attention heads), and where their tensors lie.
+"""Parts of blocks that can be taken out: channels of the MLP, groups of attention heads, channels of the stream.
 
-No table says which rows belong to which columns. The config's key is changed, and what then has another shape in a
-model without weights is what the parts are made of: where a layer has fewer inputs, it reads them; all else makes them.
-Which of its rows belong to which part has few possible answers (`_arrangements`). They are tried on a block: with parts
-cut out, it must compute what the whole block computes when the reader's columns of these parts are zero.
+No table says which tensors they are made of. The config's key is changed, and what then has another shape in a model
+without weights is what the parts are made of: where a layer has fewer inputs, it reads them; all else makes them. Where
+in these tensors each part lies, `places.py` finds.
 """
 
 from __future__ import annotations
@@ -11,24 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import product
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from compress.calibration import BlockCalibration
-from compress.data import Windows, windows_from
 from compress.errors import StartError
-from compress.images import random_images, reads_images
-from compress.model import Block, Layer, ModelHandle, find_stacks, place_tensors
+from compress.images import reads_images
+from compress.model import Layer, find_stacks
 from compress.reshaping import empty_model, without_blocks
-from compress.residual import is_norm
-from compress.stream import CalibrationStream, called
 
-#: Random tokens on which blocks are checked: so many windows of so many.
-PROBE_WINDOWS, PROBE_LENGTH = 2, 16
 #: Keys that may be absent or None, and then stand for so many times the hidden size.
 _UNSAID = {"n_inner": 4, "intermediate_size": 4}
 
@@ -111,17 +102,6 @@ class Stream:
 Units = Channels | Groups
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where the parts of one block lie. `tensors`: name in the block -> the dimension, and int64 `[parts, n]`, which of
-    its entries belong to each part. `reader`: the layer that is given what the parts make; `columns` `[parts, n]` are
-    those of its inputs."""
-
-    tensors: Mapping[str, tuple[int, Tensor]]
-    reader: str
-    columns: Tensor
-
-
 def find_channels(model: PreTrainedModel) -> Channels:
     """StartError, with the reason, where no key of the config alone decides the inner width of the MLPs."""
     config = _one_block_each(model)
@@ -130,12 +110,12 @@ def find_channels(model: PreTrainedModel) -> Channels:
     experts = None
     for key, value in _integers(text):
         units = Channels(key, value)
-        shrunk = _shrunk(before, _built(model, units.config(config, value // 2)))
+        shrunk = shrunk_tensors(before, _built(model, units.config(config, value // 2)))
         if not shrunk or any(not name.startswith(tuple(f"{stack.name}.0." for stack in stacks)) for name in shrunk):
             continue
         experts = next((n for n in shrunk if before.get_parameter(n).dim() > 2), experts)
-        readers = _readers(before, shrunk)
-        if [columns for _, columns in readers] == [value] * len(stacks) and experts is None:
+        found = readers(before, shrunk)
+        if [columns for _, columns in found] == [value] * len(stacks) and experts is None:
             return units
     kind = type(model).__name__
     if experts is not None:
@@ -166,9 +146,9 @@ def find_groups(model: PreTrainedModel) -> Groups:
         after = _built(model, units.config(config, count))
         if after is None:
             continue
-        shrunk = _shrunk(before, after)
-        readers = _readers(before, shrunk)
-        if len(readers) == 1 and readers[0][1] == heads * width:
+        shrunk = shrunk_tensors(before, after)
+        found = readers(before, shrunk)
+        if len(found) == 1 and found[0][1] == heads * width:
             return units
     raise StartError(f"the config of {kind} has no head_dim: fewer heads would each be wider, so none can go.")
 
@@ -186,7 +166,7 @@ def find_stream(model: PreTrainedModel) -> Stream:
     heads = int(text.num_attention_heads)
     units = Stream(int(text.hidden_size), int(getattr(text, "head_dim", None) or text.hidden_size // heads))
     before = empty_model(model, config)
-    shrunk = _shrunk(before, _built(model, units.config(config, units.count // heads // 2 * heads)))
+    shrunk = shrunk_tensors(before, _built(model, units.config(config, units.count // heads // 2 * heads)))
     embedding = next(n for n, p in before.named_parameters() if p is model_embedding(before))
     alike = all(before.get_parameter(name).shape[d] == units.count for name, d in shrunk.items())
     if any(before.get_parameter(name).dim() > 2 for name in shrunk):
@@ -205,11 +185,6 @@ def model_embedding(model: PreTrainedModel) -> nn.Parameter:
 def takes(model: PreTrainedModel, units: Stream, count: int) -> bool:
     """Whether transformers takes the config with so many channels."""
     return _built(model, units.config(_one_block_each(model), count)) is not None
-
-
-def shrunk_tensors(before: nn.Module, after: nn.Module) -> dict[str, int]:
-    """Tensors that are smaller afterwards, each with the dimension in which it is."""
-    return _shrunk(before, after)
 
 
 def allowed(model: PreTrainedModel, units: Units) -> list[int]:
@@ -246,7 +221,7 @@ def _one_block_each(model: PreTrainedModel) -> PretrainedConfig:
     return without_blocks(model.config, *[[0] for _ in find_stacks(model)])
 
 
-def _shrunk(before: nn.Module, after: nn.Module | None) -> dict[str, int]:
+def shrunk_tensors(before: nn.Module, after: nn.Module | None) -> dict[str, int]:
     """Tensors that are smaller afterwards, each with the one dimension in which it is; empty where anything else is
     different."""
     old = dict(before.named_parameters())
@@ -264,7 +239,7 @@ def _shrunk(before: nn.Module, after: nn.Module | None) -> dict[str, int]:
     return found
 
 
-def _readers(model: nn.Module, shrunk: Mapping[str, int]) -> list[tuple[str, int]]:
+def readers(model: nn.Module, shrunk: Mapping[str, int]) -> list[tuple[str, int]]:
     """Layers that have fewer inputs, by name, and how many they had."""
     found = []
     for name, dimension in shrunk.items():
@@ -273,136 +248,3 @@ def _readers(model: nn.Module, shrunk: Mapping[str, int]) -> list[tuple[str, int
         if last == "weight" and layer.module.weight.dim() == 2 and dimension == (0 if layer.transposed else 1):
             found.append((path, layer.weight.shape[1]))
     return found
-
-
-def _arrangements(size: int, units: Units) -> list[Tensor]:
-    """Ways in which `size` rows may belong to parts, int64 `[parts, n]`: one section after another (gate and up, or
-    queries, keys and values), each in the order of the parts; or each part's rows side by side."""
-    rows, count = torch.arange(size), units.count
-    if size % count:
-        return []
-    found = [rows.view(count, -1)]
-    sections = units.sections or (1,) * (size // count)
-    if len(sections) > 1 and count * sum(sections) == size:
-        parts = rows.split([count * section for section in sections])
-        found.insert(0, torch.cat([part.view(count, -1) for part in parts], 1))
-    return found
-
-
-def find_places(block: Block, smaller: nn.Module, units: Units, stream: CalibrationStream) -> Places | None:
-    """Where the parts of a block lie; None where it has none. `smaller`: the block with fewer of them, on the meta
-    device. StartError where no arrangement is proved by running the block on the text of `stream`.
-
-    The block is as it was when this returns.
-    """
-    shrunk = _shrunk(block.module, smaller)
-    if not shrunk:
-        return None
-    (reader, _), *others = _readers(block.module, shrunk)
-    assert not others
-    ways: dict[str, list[Tensor]] = {}  # a layer's bias is arranged as its weight is
-    for name, dimension in shrunk.items():
-        size = block.module.get_parameter(name).shape[dimension]
-        ways.setdefault(name.rpartition(".")[0], _arrangements(size, units))
-    fewer = smaller.get_parameter(f"{reader}.weight")
-    stays = Layer(None, reader, smaller.get_submodule(reader)).weight.shape[1] * units.count
-    stays //= Layer(None, reader, block.module.get_submodule(reader)).weight.shape[1]
-    assert fewer.is_meta
-    keep = torch.linspace(0, units.count - 1, stays).round().long() if stays > 1 else torch.tensor([units.count - 1])
-    for choice in product(*ways.values()):
-        arranged = dict(zip(ways, choice, strict=True))
-        tensors = {name: (d, arranged[name.rpartition(".")[0]]) for name, d in shrunk.items()}
-        places = Places(tensors, reader, arranged[reader])
-        if _holds(block, deepcopy(smaller), places, keep, stream):
-            return places
-    raise StartError(
-        f"{block.name}: which rows belong to which of its {units.count} {units.what} could not be found: with some cut "
-        "out, it computes something else than without them."
-    )
-
-
-def _holds(block: Block, smaller: nn.Module, places: Places, keep: Tensor, stream: CalibrationStream) -> bool:
-    hidden, call = next(stream.inputs(block))
-    weight = block.layers()[places.reader].weight
-    gone = torch.ones(len(places.columns), dtype=torch.bool)
-    gone[keep] = False
-    columns = places.columns[gone].flatten().to(weight.device)
-    try:
-        put(smaller, cut(block.state(), places, keep), block.name)
-    except RuntimeError:  # shapes that do not fit
-        return False
-    with torch.no_grad():
-        saved = weight[:, columns].clone()
-        try:
-            weight[:, columns] = 0.0
-            expected = called(block.module, hidden, call)
-        finally:
-            weight[:, columns] = saved
-        found = called(smaller, hidden, call)
-    size = (expected - hidden).double().norm()
-    return bool((found - expected).double().norm() <= torch.finfo(found.dtype).eps ** 0.5 * size)
-
-
-def cut(state: Mapping[str, Tensor], places: Places, keep: Tensor) -> dict[str, Tensor]:
-    """A block's tensors with only the parts `keep` (int64, ascending)."""
-    found = dict(state)
-    for name, (dimension, positions) in places.tensors.items():
-        stays = positions[keep.to(positions.device)].flatten().sort().values
-        found[name] = state[name].index_select(dimension, stays.to(state[name].device)).contiguous()
-    return found
-
-
-def put(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Gives a module without weights its tensors; buffers that no file holds go to their device."""
-    place_tensors(module, tensors, where)
-    device = next(iter(tensors.values())).device
-    for child in module.modules():
-        for name in child._non_persistent_buffers_set:
-            buffer = child._buffers[name]
-            child._buffers[name] = buffer.to(device) if buffer is not None else None
-    module.eval()
-
-
-@torch.no_grad()
-def find_landing(block: Block, reader: str, probe: CalibrationStream) -> str | None:
-    """Where what a layer gives has been added to the block's residual stream: the norm whose input is the sum, None for
-    the block's own output, or the layer itself where neither shows it (a norm of its own comes first).
-
-    Found by running the block with the layer's weight at zero: at its landing, exactly what it gave is missing.
-    """
-    norms = [name for name, module in block.module.named_modules() if is_norm(module)]
-    calibration = BlockCalibration(block, probe)
-    before = calibration.trace([reader, *norms])
-    layer = block.layers()[reader]
-    saved = layer.weight.clone()
-    try:
-        layer.weight.zero_()
-        after = calibration.trace([reader, *norms])
-    finally:
-        layer.weight.copy_(saved)
-    given = before.outputs[reader] - after.outputs[reader]
-    later = list(before.inputs)
-    places: list[tuple[str | None, Tensor, Tensor]] = [
-        (name, before.inputs[name], after.inputs[name]) for name in later[later.index(reader) + 1 :] if name in norms
-    ]
-    for name, now, then in [*places, (None, before.result, after.result)]:
-        own = now.shape == given.shape and torch.equal(now, before.outputs[reader])
-        if now.numel() == given.numel() and not own and _same(now - then, given.view_as(now), now):
-            return name
-    return reader
-
-
-def _same(found: Tensor, expected: Tensor, whole: Tensor) -> bool:
-    epsilon = torch.finfo(found.dtype).eps
-    error, size = (found - expected).double().norm(), expected.double().norm()
-    return bool(error <= epsilon**0.5 * size + 4 * epsilon * whole.double().norm()) and bool(size > 0)
-
-
-def probe_windows(model: ModelHandle) -> Windows:
-    """Random tokens, or images, on which blocks are checked."""
-    if reads_images(model.config):
-        return random_images(model.config, PROBE_WINDOWS, 0)
-    generator = torch.Generator().manual_seed(0)
-    length = min(PROBE_LENGTH, model.context_length or PROBE_LENGTH)
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return windows_from(torch.randint(0, vocabulary, (PROBE_WINDOWS, length), generator=generator), None)

@@ -12,12 +12,13 @@ from compress.errors import RecipeError, StartError
 from compress.importance import taylor, taylor_scores
 from compress.model import ModelHandle
 from compress.pipeline import run
+from compress.places import find_landing, probe_windows
 from compress.recipe import Recipe
 from compress.reshaping import parameters_of
 from compress.shapes import ModelShape
 from compress.stream import CalibrationStream
 from compress.testing import FAMILIES, check_pass, outputs, save_tiny, tiny_inputs, tiny_model, tiny_tokens
-from compress.units import find_channels, find_groups, find_landing, probe_windows
+from compress.units import find_channels, find_groups
 
 EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe")
 #: Families whose config can say that there are fewer heads of the same width.
@@ -46,8 +47,9 @@ def _width(model, **options):
 def _silence(model, units, parts):
     """Makes some parts of every block give nothing: zero columns of the layers that read them."""
     from compress.model import find_stacks
+    from compress.places import find_places
     from compress.reshaping import empty_model
-    from compress.units import fewer, find_places
+    from compress.units import fewer
 
     handle = ModelHandle.wrap(model)
     probe = CalibrationStream(handle, probe_windows(handle))
