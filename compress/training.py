@@ -15,8 +15,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,9 +41,10 @@ from compress.examples import IGNORED
 from compress.processes import process_count
 from compress.progress import Progress, Step
 from compress.sharding import WholeAdamW, free_gathered, set_aside, sharded, shared_out, unseen_by_accelerate, whole
+from compress.training_folder import latest_checkpoint, place_for
 from compress.training_windows import WholeSteps, WindowsDataset, together
 
-_TRAINED, _BEST, _LOSSES, _STATE = "trained.safetensors", "best.safetensors", "losses.json", "trainer_state.json"
+_TRAINED, _BEST, _LOSSES = "trained.safetensors", "best.safetensors", "losses.json"
 #: Seconds between checkpoints: what a killed run loses at most.
 CHECKPOINT_SECONDS = 60.0
 
@@ -110,6 +109,7 @@ def train(
 ) -> Training:
     """Trains the parameters of `groups` in place, all others staying as they are.
 
+    An objective of which a step may leave trained parameters out says so by `may_leave_unused`.
     `objective(input_ids=..., attention_mask=...)` gives the mean loss of a batch of windows [batch, length], the mask
     only where the windows have one; one whose forward takes `labels` gets those of the windows. The items of any other
     `Dataset`, mappings of tensors with their `row`, are given to it as they are. Windows are shuffled anew each epoch
@@ -122,12 +122,12 @@ def train(
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(True)
-    with _folder(folder) as kept, (progress or Progress()).step(title, total=schedule.steps) as step, _quiet():
+    with place_for(folder) as kept, (progress or Progress()).step(title, total=schedule.steps) as step, _quiet():
         trainer = _Trainer(objective, groups, windows, schedule, kept, title, str(device), folder is not None)
         trainer.held_out = held_out if schedule.evaluate_every else None
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watch(trainer, step, folder is not None))
-        latest = _latest(kept)
+        latest = latest_checkpoint(kept)
         with set_aside(objective, torch.device(device)):
             if latest is None or not trainer.ended_at(latest):
                 trainer.train(resume_from_checkpoint=str(latest) if latest else None)
@@ -165,8 +165,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
             seed=schedule.seed, data_seed=schedule.seed, bf16=schedule.bf16, use_cpu=device == "cpu",
             max_grad_norm=schedule.max_grad_norm, save_strategy="no", save_total_limit=1 if keeps else None,
             logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
-            dataloader_pin_memory=device != "cpu", label_names=[], ddp_find_unused_parameters=False,
-            ddp_broadcast_buffers=False,
+            dataloader_pin_memory=device != "cpu", label_names=[], ddp_broadcast_buffers=False,
+            ddp_find_unused_parameters=getattr(objective, "may_leave_unused", False),
         )  # fmt: skip
         self.whole = not isinstance(windows, Windows)  # whether the objective takes all that an item holds
         texts = windows if self.whole else WindowsDataset(windows)
@@ -343,7 +343,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         said = json.loads(Path(resume_from_checkpoint, _LOSSES).read_text(encoding="utf-8"))
         self.losses, self.evaluations = said["losses"], said["evaluations"]
         if os.path.exists(os.path.join(resume_from_checkpoint, _BEST)):
-            self.best = load_file(os.path.join(resume_from_checkpoint, _BEST), device=str(self.args.device))
+            self.best = load_file(os.path.join(resume_from_checkpoint, _BEST))
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.objective.named_parameters() if p.requires_grad)
@@ -381,26 +381,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
             self.saved = time.monotonic()
         return control
-
-
-@contextmanager
-def _folder(folder: Path | None) -> Iterator[Path]:
-    if folder is not None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield Path(scratch)
-
-
-def _latest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; those that are not are removed."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"], checkpoint))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-    return max(whole)[1] if whole else None
 
 
 @contextmanager
