@@ -152,7 +152,7 @@ def costs_of(pass_: RoundingPass, budget: BitBudget, model: ModelHandle) -> Cost
             names.append(f"{block.name}.{name}")
             weights.append(outputs * inputs)
             shapes.append((outputs, inputs))
-            grids.append(tuple(pass_.grid(layer.dtype, bits) for bits in budget.choices))
+            grids.append(tuple(pass_.spec_at(layer.dtype, bits) for bits in budget.choices))
     tensors = []
     ends = pass_.end_specs(model.model) if not model.outside_quantized() else {}
     for spec in model.contents().tensors:
@@ -225,7 +225,7 @@ def choose_bits(pass_: RoundingPass, budget: BitBudget, model: ModelHandle, cont
     measured_on, held_out = measured_windows(context.calibration)
 
     def rounded(layer: Layer, bits: int) -> Tensor:
-        return nearest(layer.weight, pass_.grid(layer.dtype, bits))
+        return nearest(layer.weight, pass_.spec_at(layer.dtype, bits))
 
     def layers(block: Any) -> Mapping[str, Layer]:
         found: Mapping[str, Layer] = block.layers(pass_.targets, pass_.skip)

@@ -190,7 +190,7 @@ def schema(debug: bool) -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def init(model: str, debug: bool) -> None:
     """Print a commented starter recipe for MODEL."""
-    from compress.recipe import starter_recipe
+    from compress.starter import starter_recipe
 
     click.echo(starter_recipe(model), nl=False)
 

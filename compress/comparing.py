@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from compress.checkpoint import disk_errors
 from compress.data import Windows
-from compress.errors import StartError
+from compress.errors import CompressError, StartError
 from compress.locating import locate
 from compress.measure import benchmark as stage
+from compress.measure.jobs import cache_folder, key_of
 from compress.opening import read_config, read_tokenizer
 from compress.preparation import benchmark_job, check_device, cut_texts
 from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.reports.report import Report
+from compress.workspace import FOLDER
 
 
 def benchmark(
@@ -37,15 +43,44 @@ def benchmark(
     if recipe.benchmark is False:
         raise StartError("benchmark: false leaves nothing to measure.")
     folders = [str(locate(name)) for name in names]
+    for folder in folders:
+        read_config(Path(folder))  # refuses what is no model, before anything is measured
     first = Path(folders[0])
     texts = cut_texts(
         recipe.data, ["evaluation"], read_tokenizer(first), read_config(first), recipe.base, recipe.seed, first
     )
     evaluation: Windows | None = texts.get("evaluation")
     job = benchmark_job(recipe, check_device(recipe.device), evaluation)
-    with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
-        report = stage.benchmark(folders, job, Path(scratch), progress=progress)
+    with _workdir(output, recipe, folders) as scratch:
+        report = stage.benchmark(folders, job, scratch, progress=progress, kept_in=cache_folder())
     report.recipe = {**recipe.canonical(), "models": names}
     if output is not None:
         report.write(output)
     return report
+
+
+@contextmanager
+def _workdir(output: str | Path | None, recipe: Recipe, folders: Sequence[str]) -> Iterator[Path]:
+    """Where finished measurements wait for the rest: what is interrupted finds them there when it is run again.
+
+    In the output folder, or else in the cache, by what is measured; gone when all is done.
+    """
+    if output is not None:
+        folder = Path(output) / FOLDER / "measure"
+    else:
+        folder = cache_folder().with_name("benchmarks") / key_of(recipe.canonical(), list(folders))
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        where = f"in {output}" if output is not None else "on this machine"
+        raise CompressError(f"The same benchmark is running {where} already. Wait for it.") from None
+    with lock:
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        if output is not None:
+            with suppress(OSError):  # it may be that of a run, which holds more
+                folder.parent.rmdir()

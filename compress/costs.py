@@ -170,14 +170,20 @@ def activations(shape: ModelShape, widest: int, tokens: int, length: int) -> int
     return tokens * (widest * size + length * size + shape.scored_heads * length * (size + 4))
 
 
-def exporting(shape: ModelShape, holding: Holding, weights_bytes: int) -> Parts:
-    """Writing the model, or the check of what was written by a process of its own, which expands packed weights."""
+def exporting(shape: ModelShape, holding: Holding, weights_bytes: int, export_bytes: int = 0) -> Parts:
+    """Writing the model, or the check of what was written by a process of its own, which expands packed weights.
+
+    `export_bytes`: of the largest export that its own engine checks. Engines keep a second copy of weights, laid out
+    for their kernels, and the exact check of a layer expands it to float32, twice.
+    """
     writing = model(shape, holding, used_outside=True) | {"packed layers": shape.packed_bytes * holding.resident}
     writing["largest tensor"] = shape.largest_tensor
     checking = {"the written model": weights_bytes, "its weights expanded": 0}
     if shape.expands:
         checking["its weights expanded"] = shape.dense_bytes
-    return max(writing, checking, key=total)
+    largest = shape.largest_tensor // shape.dtype.itemsize * 4
+    engine = {"the export, laid out for its engine": 3 * export_bytes, "its largest layer expanded": 2 * largest}
+    return max(writing, checking, engine if export_bytes else {}, key=total)
 
 
 def measuring(shape: ModelShape, text: Text | None, weights_bytes: int | None) -> Parts:

@@ -93,7 +93,8 @@ def token_windows(
     """The windows that a data entry of a recipe asks for.
 
     `context` is the most tokens the model takes (None: no limit); `base` is where a relative source starts from;
-    `labels`: the classes of a model that classifies, name -> index, where it is to be trained.
+    `labels`: the classes of a model that classifies, name -> index, where it is to be trained, or measured on text that
+    has labels.
     Raises StartError for what cannot be (missing file, window longer than the context, no separator token),
     CompressError for what the text turns out to be (empty, too short, not UTF-8, malformed lines).
     """
@@ -215,13 +216,21 @@ def _windows(
     place = f"data.{role}" if entry.source != "python" else role
     if context and length > context:
         raise StartError(f"{place}.length: {length} tokens; the model takes at most {context}.")
+    if role == "evaluation" and labels is not None:
+        first = list(itertools.islice(found, 1))
+        found = itertools.chain(first, found)
+        if first and first[0].kind == "text" and "label" in first[0].fields:
+            entry = entry.model_copy(update={"pack": False})  # each text has a class of its own
+        else:
+            labels = None
     if entry.pack is None:
         first = list(itertools.islice(found, 1))
         alone = labels is not None or (role == "training" and any(d.kind in ("completion", "messages") for d in first))
         entry, found = entry.model_copy(update={"pack": not alone}), itertools.chain(first, found)
     elif entry.pack and labels is not None:
         raise StartError(f"{place}.pack: a model that classifies is trained on each text alone; leave pack out.")
-    examples = examples_of(found, tokenizer, role == "training", labels, skipped if entry.skip_bad else None)
+    learnt = role == "training" or labels is not None
+    examples = examples_of(found, tokenizer, learnt, labels, skipped if entry.skip_bad else None)
     reading = _Reading(examples, entry, tokenizer, place)
     cut = _packed(reading, entry, length, place) if entry.pack else _apart(reading, entry, length, place)
     if skipped:

@@ -12,7 +12,10 @@ import torch
 
 from compress import __version__
 
-_PACKAGES = ("torch", "transformers", "compressed-tensors", "accelerate", "evaluate", "peft", "bitsandbytes")
+_PACKAGES = (
+    "torch", "transformers", "compressed-tensors", "accelerate", "evaluate", "peft", "bitsandbytes", "gguf",
+    "llama-cpp-python", "onnxruntime-genai",
+)  # fmt: skip
 
 
 def findings() -> list[str]:

@@ -78,6 +78,12 @@ def context_length(config: Any) -> int | None:
     return None
 
 
+def one_class(config: Any) -> bool:
+    """Whether a model that classifies says one class of several for a text, not a number or any number of labels."""
+    several = getattr(config, "problem_type", None) not in ("regression", "multi_label_classification")
+    return several and len(classes_of(config) or ()) > 1
+
+
 def classes_of(config: Any) -> dict[str, int] | None:
     """The classes of a model that classifies texts, name -> index; None for any other model."""
     names = getattr(config, "architectures", None) or []

@@ -6,12 +6,12 @@ import gc
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from compress.fewer_tokens import keep_tokens, renumber_generation
@@ -19,7 +19,10 @@ from compress.formats.folder import default_format, packed_export_note, write_mo
 from compress.measure.benchmark import generations, measure_compressed, measure_original
 from compress.measure.comparison import compare, original_figures
 from compress.measure.environment import environment
+from compress.measure.export_check import export_words, unverified, verify_export
+from compress.measure.flips import flips, worst
 from compress.measure.goals import check_goals
+from compress.measure.jobs import cache_folder
 from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
 from compress.measure.verification import verify
 from compress.model import ModelHandle
@@ -30,7 +33,7 @@ from compress.processes import meet, process_count, process_rank, wait_for
 from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.reports.card import model_card
-from compress.reports.report import Report, Stage, Verified
+from compress.reports.report import Export, Report, Stage, Verified
 from compress.reshaping import take_shape
 from compress.stream import stream_outputs
 from compress.workspace import FOLDER, Guest, Workspace
@@ -44,6 +47,15 @@ ZEROS_NOTE = (
     "The weights that are zero are stored and multiplied like any other: on this machine they bring no speed and save "
     "no space. Runtimes with kernels for sparse weights (2:4 on GPUs) can make use of them."
 )
+
+
+class Written(BaseModel):
+    """What is on disk once all passes are done: their records, the checks of what was written, notes for the report."""
+
+    stages: list[Stage]
+    verified: Verified
+    exports: list[Export] = []
+    notes: list[str]
 
 
 def run(
@@ -68,9 +80,10 @@ def run(
         scratch = work.hidden / "measure"
         original = None
         if ready.job is not None:
-            original = measure_original(str(ready.folder), job=ready.job, workdir=scratch, progress=progress)
-        stages, verified, notes = _compress(recipe, ready, work, progress)
-        report = _report(recipe, ready, stages, verified, notes)
+            original = measure_original(
+                str(ready.folder), job=ready.job, workdir=scratch, progress=progress, kept_in=cache_folder()
+            )
+        report = _report(recipe, ready, _compress(recipe, ready, work, progress))
         if original is not None and ready.job is not None:
             found = measure_compressed(
                 ready.output, str(ready.folder), original, job=ready.job, workdir=scratch, progress=progress
@@ -79,6 +92,7 @@ def run(
             report.compressed = found.figures
             report.comparison = compare(original, found, seed=recipe.seed)
             report.generations = generations(ready.job, original, found)
+            report.flips, report.worst = flips(original, found), worst(found)
             report.goals = check_goals(_goals(recipe), report.original, report.compressed)
             report.notes += [*original.notes, *found.notes]
         report.write(ready.output)
@@ -97,14 +111,11 @@ def _goals(recipe: Recipe) -> Mapping[str, Any]:
     return {} if recipe.benchmark is False else recipe.benchmark.goals
 
 
-def _compress(
-    recipe: Recipe, ready: Prepared, work: Workspace, progress: Progress
-) -> tuple[list[Stage], Verified, list[str]]:
+def _compress(recipe: Recipe, ready: Prepared, work: Workspace, progress: Progress) -> Written:
     """All passes, each continued where it was, then the export and its verification; nothing of the model stays."""
     exported = work.hidden / "exported.json"
     if exported.exists():
-        kept = work.once("exported", dict)
-        return [Stage(**stage) for stage in kept["stages"]], Verified(**kept["verified"]), kept["notes"]
+        return Written(**work.once("exported", dict))
     gc.collect()
     bare = resident_bytes()  # by now everything is imported that a run imports
     model = open_model(ready.folder, dtype=recipe.dtype, device=ready.device, residency=recipe.residency)
@@ -119,12 +130,14 @@ def _compress(
                 latest.drop_blocks()
             latest = work.stage(index, pass_.name)
     with progress.step("writing and verifying", total=2) as step:
-        notes = _export(model, recipe, ready, stages)
+        notes, exports = _export(model, recipe, ready, stages)
         step.advance("written")
         # A text at a time, as the reloading process runs them: rounded inputs turn the last bit of a sum into a step,
         # and LLM.int8 rounds by all the tokens that come together.
-        with model.adapter.attached(model.model) if model.adapter is not None else nullcontext():
-            expected = stream_outputs(model, ready.probe, tokens_per_batch=1)
+        expected = base = stream_outputs(model, ready.probe, tokens_per_batch=1)  # exports are of the base alone
+        if model.adapter is not None:
+            with model.adapter.attached(model.model):
+                expected = stream_outputs(model, ready.probe, tokens_per_batch=1)
         dtype = model.dtype
         del model
         gc.collect()
@@ -133,16 +146,17 @@ def _compress(
             folder, ready.probe.tokens, expected, dtype=dtype, workdir=work.hidden / "measure",
             device=ready.device, threads=torch.get_num_threads(),
         )  # fmt: skip
+        exports = [
+            verify_export(
+                ready.output, export, ready.probe.tokens, base, ready.tokenizer,
+                workdir=work.hidden / "measure", threads=torch.get_num_threads(),
+            )
+            for export in exports
+        ]  # fmt: skip
         step.advance("verified")
-    work.once(
-        "exported",
-        lambda: {
-            "stages": [stage.model_dump(by_alias=True) for stage in stages],
-            "verified": verified.model_dump(),
-            "notes": notes,
-        },
-    )
-    return stages, verified, notes
+    written = Written(stages=stages, verified=verified, exports=exports, notes=notes)
+    work.once("exported", lambda: written.model_dump(by_alias=True))
+    return written
 
 
 def _apply(
@@ -282,9 +296,9 @@ def _record(pass_: Pass, done: PassResult, seconds: float, peak: int, ready: Pre
     return stage.model_dump(by_alias=True)
 
 
-def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[Stage]) -> list[str]:
-    """Writes `model/`, `adapter/` where there is one, and `exports/<format>/`; the notes are sentences for the
-    report."""
+def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[Stage]) -> tuple[list[str], list[Export]]:
+    """Writes `model/`, `adapter/` where there is one, and `exports/<format>/`. Sentences for the report, and those
+    exports that an engine of their own is to check."""
     shutil.rmtree(ready.output / "adapter", ignore_errors=True)
     if model.adapter is not None:
         model.adapter.save(ready.output / "adapter")
@@ -294,19 +308,21 @@ def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[St
     note = packed_export_note(contents)
     if note and "packed" not in formats:
         formats.append("packed")
+    exports = []
     for name in formats:
         if name != default_format(contents):
-            write_model_folder(ready.output / "exports" / name, contents, name)
+            folder = write_model_folder(ready.output / "exports" / name, contents, name)
+            exports += unverified(name, folder, contents)
     notes = [said for said in (note, ZEROS_NOTE if "sparse" in model.states else None) if said]
     if model.adapter is not None:
         notes.append(
             "adapter/ stands beside model/, which is its base: the figures, and the check of what was written, are of "
             "the two together, as plain peft loads them. exports/ hold the base alone."
         )
-    return notes
+    return notes, exports
 
 
-def _report(recipe: Recipe, ready: Prepared, stages: list[Stage], verified: Verified, notes: list[str]) -> Report:
+def _report(recipe: Recipe, ready: Prepared, written: Written) -> Report:
     threads = torch.get_num_threads()
     texts = {"calibration": ready.calibration, "training": ready.training, "evaluation": ready.evaluation}
     data = {
@@ -319,7 +335,8 @@ def _report(recipe: Recipe, ready: Prepared, stages: list[Stage], verified: Veri
         recipe=recipe.canonical(),
         digest=recipe.digest(),
         environment={**environment(threads=threads, device=ready.device), "data": data, "model": ready.fingerprints},
-        stages=stages,
-        verified=verified,
-        notes=[*ready.notes, *notes],
+        stages=written.stages,
+        verified=written.verified,
+        exports=written.exports,
+        notes=[*ready.notes, *written.notes, *map(export_words, written.exports)],
     )

@@ -26,7 +26,7 @@ from compress.locating import locate
 from compress.opening import read_config, refuse_quantized, resolve_dtype
 from compress.passes.base import BlockPass, Pass
 from compress.passes.structural import StructuralPass
-from compress.registry import FORMATS
+from compress.registry import FORMATS, RUNTIMES
 from compress.shapes import ModelShape
 from compress.workspace import free_bytes
 
@@ -146,7 +146,7 @@ class _Walkthrough:
         """Bytes of the weights' files of a folder in this format (None: that of `model/`)."""
         contents = self.shape.contents()
         adapter = checkpoint_bytes(self.shape.adapter) if self.shape.adapter and format is None else 0
-        return checkpoint_bytes(_named(format or default_format(contents)).stored(contents)) + adapter
+        return _named(format or default_format(contents)).file_bytes(contents) + adapter
 
     def _fitted(self, pass_: Pass) -> Pass:
         """The pass with options for which it fits the recipe's `memory`, where it has a choice."""
@@ -203,12 +203,16 @@ class _Walkthrough:
         if note and "packed" not in formats:
             formats.append("packed")
         for name in formats:
-            reason = _named(name).refuses(contents.dtype, contents.kinds, contents.quantization)
+            form = _named(name)
+            reason = form.refusal(contents)
+            if not reason and form.runtime is not None and (missing := RUNTIMES.get(form.runtime)().missing()):
+                reason = f"{missing} An export counts as done when what it is for has read it."
             if reason:
                 raise StartError(f"{'model/' if name == own else 'export'}: {reason}")
         written = sum(self._folder_bytes(name) for name in formats)
         disk = sum(self.stages) + written + len(formats) * self.beside + SMALL_FILES_BYTES
-        parts = costs.exporting(self.shape, self.holding, self._folder_bytes())
+        opened = max((self._folder_bytes(name) for name in formats if _named(name).runtime), default=0)
+        parts = costs.exporting(self.shape, self.holding, self._folder_bytes(), opened)
         return self._step(EXPORT, parts, disk, note)
 
     def _measuring(self, weights_bytes: int | None) -> costs.Parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +20,16 @@ from compress.data import (
     token_windows,
     windows_from,
 )
-from compress.errors import StartError
+from compress.errors import CompressError, StartError
 from compress.images import image_windows, random_images, read_processor, reads_images
-from compress.locating import classes_of, context_length, locate
-from compress.measure.measurements import BenchmarkJob
+from compress.locating import classes_of, context_length, locate, one_class
+from compress.measure.measurements import BenchmarkJob, SpeedSettings
 from compress.opening import read_config, read_tokenizer, refuse_quantized
 from compress.planning import Plan, plan, refuse
 from compress.recipe import ROLES, Data, Recipe, Role
+from compress.recipe_check import of_harness
+from compress.registry import FORMATS, METRICS
+from compress.text import SKIP_HINT
 from compress.workspace import Workspace, fingerprint_folder
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ def prepare(recipe: Recipe, *, fresh: bool = False) -> Prepared:
     tokenizer = read_processor(folder, needed=False) if reads_images(config) else read_tokenizer(folder)
     for step in recipe.passes:
         step.check_tokenizer(tokenizer)
+    for name in recipe.export:
+        if reason := FORMATS.get(name)().refuses_tokenizer(tokenizer, config):
+            raise StartError(f"export: {reason}")
     texts = _texts(recipe, tokenizer, config, folder)
     calibration, evaluation, training = (texts.get(role) for role in ROLES)
     fingerprints = {"model": fingerprint_folder(folder)}
@@ -194,30 +199,83 @@ def cut_texts(
             continue
         if tokenizer is None:
             raise StartError(f"data.{role}: the model's folder holds no tokenizer, so text cannot be cut into tokens.")
-        labels = classes_of(config) if role == "training" else None
+        labels = classes_of(config) if role == "training" or (role == "evaluation" and one_class(config)) else None
         found[role] = token_windows(entry, role, tokenizer, context_length(config), base, seed, labels)
     return found
 
 
 def benchmark_job(recipe: Recipe, device: str, evaluation: Windows | None) -> BenchmarkJob:
     """What the recipe's `benchmark` asks to be measured."""
-    assert recipe.benchmark is not False
-    tasks = recipe.benchmark.tasks
-    by_area: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for task in tasks:
-        for item in items(task, recipe.base):
-            by_area[item["area"]].append(item)
+    asked = recipe.benchmark
+    assert asked is not False
+    for name in asked.metrics or ():
+        METRICS.get(name)  # one of the hub is loaded before there is work to lose
+    by_area, tasks, state = benchmark_tasks(recipe)
+    labels = None if evaluation is None else evaluation.labels
+    names = classes_of(read_config(locate(recipe.model))) if labels is not None else None
     return BenchmarkJob(
         windows=None if evaluation is None else evaluation.tokens,
         mask=None if evaluation is None else evaluation.mask,
-        items=dict(by_area),
-        metrics=recipe.benchmark.metrics,
-        prompts=recipe.benchmark.prompts,
+        items=by_area,
+        labels=labels,
+        class_names={index: name for name, index in (names or {}).items()},
+        tasks=tasks,
+        tasks_state=state,
+        limit=asked.limit,
+        metrics=asked.metrics,
+        prompts=asked.prompts,
         device=device,
         threads=torch.get_num_threads(),
         dtype=recipe.dtype,
         seed=recipe.seed,
-    )
+        speed=SpeedSettings(
+            batches=asked.batches, prompts=asked.prompt_tokens, new_tokens=asked.new_tokens, rounds=asked.rounds,
+            warmup=asked.warmup,
+        ),
+        runtimes=asked.runtimes,
+        watts=asked.watts,
+    )  # fmt: skip
+
+
+def benchmark_tasks(recipe: Recipe) -> tuple[dict[str, list[dict[str, Any]]], tuple[str, ...], str]:
+    """The recipe's own test items by area; the tasks that lm-eval runs; and what names the content of these.
+
+    StartError, before there is work to lose, for a file that is wrong, a task without items, data that would have to
+    come from a hub that cannot be reached, and areas of one name in two places.
+    """
+    assert recipe.benchmark is not False
+    limit = recipe.benchmark.limit
+    by_area: dict[str, list[dict[str, Any]]] = {}
+    owner: dict[str, str] = {}
+    harness = [task for task in recipe.benchmark.tasks if of_harness(task)]
+    for task in recipe.benchmark.tasks:
+        if task in harness:
+            continue
+        try:
+            found = items(task, recipe.base)
+        except CompressError as error:
+            raise StartError(f"benchmark.tasks: {str(error).removesuffix(SKIP_HINT)}") from error
+        for item in found:
+            area = item["area"]
+            _claim(owner, area, task)
+            if limit is None or len(by_area.get(area, ())) < limit:
+                by_area.setdefault(area, []).append(item)
+    if not harness:
+        return by_area, (), ""
+    from compress.measure.harness_tasks import fingerprint_tasks, load_tasks
+
+    loaded = load_tasks(harness)
+    for area in loaded:
+        _claim(owner, area, "lm-eval's tasks")
+    return by_area, tuple(harness), fingerprint_tasks(loaded)
+
+
+def _claim(owner: dict[str, str], area: str, task: str) -> None:
+    if owner.setdefault(area, task) != task:
+        raise StartError(
+            f"benchmark.tasks: {owner[area]} and {task} both have items of the area {area}: give one of them another "
+            "area, or leave one out."
+        )
 
 
 def _probe(text: Windows | None, config: PretrainedConfig, seed: int) -> Windows:

@@ -24,6 +24,9 @@ class Step:
     def advance(self, detail: str = "", parts: int = 1) -> None:
         """`parts` more are done; `detail` is shown beside the bar."""
 
+    def at(self, done: int, total: int, detail: str = "") -> None:
+        """`done` of `total` parts are done, as another process tells."""
+
 
 class LiveProgress(Progress):
     """Bars with elapsed and remaining time on stderr, through rich."""
@@ -75,3 +78,6 @@ class _Bar(Step):
 
     def advance(self, detail: str = "", parts: int = 1) -> None:
         self._display._bars.update(self._task, advance=parts, detail=detail)  # type: ignore[arg-type]
+
+    def at(self, done: int, total: int, detail: str = "") -> None:
+        self._display._bars.update(self._task, completed=done, total=total, detail=detail)  # type: ignore[arg-type]

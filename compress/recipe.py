@@ -10,16 +10,25 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from compress.errors import RecipeError
 from compress.recipe_changes import decisive, differences
 from compress.recipe_check import Checker, check_order, plain, step_name
-from compress.recipe_goals import TEXT_METRICS, Goal, known_metric, parse_goal, parse_size
+from compress.recipe_goals import (
+    ANSWER_METRICS,
+    CLASS_METRICS,
+    TEXT_METRICS,
+    VARIED,
+    Goal,
+    known_metric,
+    parse_goal,
+    parse_size,
+)
 from compress.recipe_yaml import Document, Place
-from compress.registry import FORMATS, METRICS, PASSES, RUNTIMES, yaml_words
+from compress.registry import FORMATS, HUB, METRICS, PASSES, yaml_words
 
 if TYPE_CHECKING:
     from compress.passes.base import Pass
@@ -28,7 +37,6 @@ else:
 
 __all__ = [
     "Benchmark", "Data", "DataEntry", "Goal", "Recipe", "check_order", "differences", "parse_goal", "parse_size",
-    "starter_recipe",
 ]  # fmt: skip
 
 Role = Literal["calibration", "evaluation", "training"]
@@ -94,13 +102,36 @@ class Benchmark(_Section):
     metrics: tuple[str, ...] | None = None
     """Names of metrics; all cheap ones where absent."""
     tasks: tuple[str, ...] = ()
-    """Files of test items (.jsonl), or `builtin:<name>`."""
+    """Files of test items (.jsonl), `builtin:<name>`; with the extra `harness` also names of tasks, groups and tags of
+    lm-evaluation-harness, and files of tasks in its format (.yaml)."""
+    limit: int | None = Field(default=None, ge=1)
+    """Most items of each task or area, the first ones; all where absent."""
     goals: dict[str, str | int | float] = Field(default_factory=dict)
     """Metric -> what it must reach: a change (`+2%`, `-1pt`) or a figure (`2GB`). Missing one ends in exit code 3."""
     runtimes: tuple[str, ...] = ("transformers",)
-    """What loads the exported model and is timed."""
+    """What runs the exported model: `transformers`, and any others, which open `exports/<format>`. All are timed in
+    turn; figures of others are named as in `decode_tokens_per_second/llama.cpp`."""
+    batches: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = (1,)
+    """Batch sizes to time, as in [1, 4, 16]. Those above 1 add figures as `decode_tokens_per_second/batch 4`."""
+    prompt_tokens: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Further prompt lengths to time, each with every batch, as `first_token_seconds/prompt 2048`."""
+    new_tokens: Annotated[int, Field(ge=2)] = 64
+    """Tokens that are generated to time decoding."""
+    rounds: Annotated[int, Field(ge=1)] = 7
+    """How often each speed is taken; the figure is the median. With fewer than 6, differences are not tested."""
+    warmup: Annotated[int, Field(ge=0)] = 1
+    """Rounds before those that count."""
+    watts: Annotated[float, Field(gt=0)] | None = None
+    """Watts of one busy CPU core. Where the machine has no energy counter, energy is then estimated from CPU seconds,
+    and marked as estimated."""
     prompts: tuple[str, ...] = ()
     """Texts to continue with both models; the report shows them side by side."""
+
+    def variants(self) -> set[str]:
+        """What stands behind the names of speeds and memory: `llama.cpp`, `batch 4`, `prompt 2048`."""
+        found = {name for name in self.runtimes if name != "transformers"}
+        found |= {f"batch {batch}" for batch in self.batches if batch > 1}
+        return found | {f"prompt {length}" for length in self.prompt_tokens}
 
     def parsed_goals(self) -> list[Goal]:
         return [parse_goal(metric, value) for metric, value in self.goals.items()]
@@ -259,6 +290,8 @@ def _build(document: Document, name: str, overrides: Sequence[str], replaced: Ma
         place = document.where(("passes", index, passes[index].name)).removesuffix(": ")
         check.problems.append(f"{place or step_name(passes, index)} {sentence}")
     _requirements(check, passes, data, benchmark)
+    if benchmark:
+        check.runtimes(("benchmark", "runtimes"), benchmark.runtimes, shell.export if passes else None)
     for index, step in enumerate(passes):
         if step.needs_training and shell.residency == "disk":
             sentence = f"{step.name} trains the whole model at once: use residency: memory, or leave it out."
@@ -309,7 +342,7 @@ def _benchmark(
     if benchmark is None:
         return None
     check.names(("benchmark", "metrics"), benchmark.metrics or (), METRICS)
-    check.names(("benchmark", "runtimes"), benchmark.runtimes, RUNTIMES)
+    measured = benchmark.variants()
     for metric, goal in benchmark.goals.items():
         place = ("benchmark", "goals", metric)
         try:
@@ -317,11 +350,18 @@ def _benchmark(
         except RecipeError as error:
             check.problem(place, str(error))
             continue
-        family = metric.partition("/")[0]
+        family, _, variant = metric.partition("/")
+        if family in VARIED and variant and set(variant.split(", ")) - measured:
+            check.problem(place, f"{variant} is not measured; name it in benchmark.batches, prompt_tokens or runtimes.")
         if known_metric(metric) and benchmark.metrics is not None and family not in benchmark.metrics:
             check.problem(place, f"{family} is not measured; add it to benchmark.metrics.")
     given = benchmark.tasks or ((home,) if home else ())
-    tasks = [check.source(("benchmark", "tasks", index), task, builtin, hub=False) for index, task in enumerate(given)]
+    tasks: list[str] = []
+    for index, task in enumerate(given):
+        found = check.task(("benchmark", "tasks", index), task, builtin)
+        if found in tasks:
+            check.problem(("benchmark", "tasks", index), f"{task} is there twice; leave one out.")
+        tasks.append(found)
     return benchmark.model_copy(update={"tasks": tuple(tasks)})
 
 
@@ -343,39 +383,10 @@ def _requirements(check: Checker, passes: Sequence[Pass], data: Data, benchmark:
     for place, metric in asked:
         if metric in TEXT_METRICS and data.evaluation is None:
             check.problem(place, f"{metric} needs text: give data.evaluation a .txt or .jsonl file.")
-        if metric.partition("/")[0] == "accuracy" and not benchmark.tasks:
+        if metric in CLASS_METRICS and data.evaluation is None:
+            words = "needs texts with labels: give data.evaluation a .jsonl file of text + label."
+            check.problem(place, f"{metric} {words}")
+        answers = metric in ANSWER_METRICS or metric.startswith(HUB)
+        labelled = metric == "accuracy" and data.evaluation is not None  # of a model that classifies
+        if (answers or metric.partition("/")[0] == "accuracy") and not benchmark.tasks and not labelled:
             check.problem(place, f"{metric} needs test items: give benchmark.tasks a .jsonl file of them.")
-
-
-def starter_recipe(model: str) -> str:
-    """A commented recipe for `model`, ready to run: what `compress init MODEL` prints."""
-    builtin = model.startswith("builtin:")
-    commented = "" if builtin else "# "
-    step, what = ("gptq", "calibrated rounding") if builtin else ("rtn", "rounding without data (gptq: with)")
-    return f"""\
-# Run it with: compress run recipe.yaml        What it will cost: compress plan recipe.yaml
-model: {json.dumps(model)}   # hub id, local folder or builtin:tiny
-
-# Text. A .txt or .jsonl file, or a Hugging Face dataset id; paths start from this file's folder.
-{commented}data:
-{commented}  calibration: {model if builtin else "calibration.jsonl"}   # what gptq and wanda look at
-{commented}  evaluation: {model if builtin else "evaluation.jsonl"}   # what quality is measured on; must be other text
-
-# What is done to the model, in this order. `compress passes` lists them all, `compress passes gptq` one's options.
-passes:
-  - {step}:   # {what}
-      bits: 4          # 2, 3, 4 or 8
-      group_size: 64   # weights that share a scale; must divide the columns of the layers; -1: per channel
-
-# What is measured on the original and on the result. Left out: everything cheap. `benchmark: false`: nothing.
-# benchmark:
-#   tasks: [items.jsonl]   # test items: question + choices + label, good + bad, or prompt + completion
-#   goals:                 # the run ends with exit code 3 where one is missed
-#     perplexity: +2%
-#     weights_bytes: -60%
-
-# output: runs/my-model   # default: runs/<this file's name>
-# residency: disk         # read one block at a time: for models larger than the memory
-# memory: 8GB             # refuse to start if the plan needs more
-seed: 0
-"""

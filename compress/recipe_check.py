@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from compress.errors import CompressError, RecipeError, nearest
 from compress.recipe_yaml import Document, Place, nearest_file, pass_entry
-from compress.registry import PASSES, allowed_words, models_in, yaml_words
+from compress.registry import PASSES, RUNTIMES, allowed_words, models_in, yaml_words
 
 if TYPE_CHECKING:
     from compress.passes.base import Pass
@@ -144,6 +144,21 @@ class Checker:
                 self.problem((*place, index), f'"{name}" stands there twice.')
             seen.add(name)
 
+    def runtimes(self, place: Place, given: Sequence[str], exports: Sequence[str] | None) -> None:
+        """Notes runtimes that do not exist, cannot run here, or open what is not among the `exports` (None: of models
+        that are there already)."""
+        self.names(place, given, RUNTIMES)
+        for index, name in enumerate(given):
+            if name not in RUNTIMES:
+                continue
+            runtime = RUNTIMES.get(name)()
+            missing, opens = runtime.missing(), runtime.exports
+            if missing:
+                self.problem((*place, index), f"{name} cannot run here: {missing}")
+            if opens and exports is not None and not set(opens) & set(exports):
+                sentence = f"{name} opens what export writes as {' or '.join(opens)}: add {opens[0]} to export."
+                self.problem((*place, index), sentence)
+
     def model(self, place: Place, model: str, builtin: Sequence[str]) -> str:
         """The model with a local folder made absolute. Hub ids and `builtin:` names stay."""
         if model.startswith("builtin:"):
@@ -180,6 +195,25 @@ class Checker:
             self.problem(place, f"no such file: {path}; allowed: a .txt or .jsonl file, builtin:{builtin[0]}.{near}")
         return source
 
+    def task(self, place: Place, task: str, builtin: Sequence[str]) -> str:
+        """A benchmark task: a file of items or of a task as an absolute path, `builtin:<name>`, a name of lm-eval."""
+        if not of_harness(task):
+            return self.source(place, task, builtin, hub=False)
+        from compress.measure.harness_tasks import is_task_file, missing_package, name_problem
+
+        if is_task_file(task):
+            path = self.path(place, task)
+            if not path.is_file():
+                self.problem(place, f"no such file: {path}.{nearest_file(path)}")
+            elif (missing := missing_package()) is not None:
+                self.problem(place, f"{missing}")
+            return str(path)
+        if os.path.exists(self.path(place, task)):
+            return self.source(place, task, builtin, hub=False)
+        if (problem := name_problem(task)) is not None:
+            self.problem(place, problem)
+        return task
+
     def path(self, place: Place, text: str) -> Path:
         """`text` as an absolute path: from the recipe's folder, in overrides from the working folder."""
         return Path(os.path.abspath(self.document.base_of(place) / os.path.expanduser(text)))
@@ -189,6 +223,13 @@ class Checker:
         if source not in allowed:
             near = nearest(source, allowed)
             self.problem(place, f"{yaml_words(source)} does not exist; allowed: {', '.join(allowed)}.{near}")
+
+
+def of_harness(task: str) -> bool:
+    """Whether a task is one of lm-evaluation-harness, by name or in a file of its format: not items of our own."""
+    if task.lower().endswith((".yaml", ".yml")):
+        return True
+    return not (task.startswith("builtin:") or looks_like_path(task) or task.lower().endswith((".jsonl", ".txt")))
 
 
 def looks_like_path(text: str) -> bool:

@@ -19,9 +19,18 @@ _FIGURE = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _GOAL = re.compile(rf"([-+]?)\s*({_FIGURE})\s*(%|pt)?")
 
 #: Metrics that are shares of 1, so that percentage points and plain percentages of them mean something.
-SHARES = ("accuracy", "top1_agreement")
+SHARES = ("accuracy", "top1_agreement", "f1", "exact_match", "rouge_l")
 #: Metrics that read `data.evaluation`.
-TEXT_METRICS = ("perplexity", "kl_divergence", "top1_agreement")
+TEXT_METRICS = ("perplexity", "bits_per_byte", "kl_divergence", "kl_divergence_p99", "top1_agreement")
+#: Metrics of a model that classifies the texts of `data.evaluation`, and of answers that it writes to test items.
+CLASS_METRICS = ("f1", "matthews_correlation")
+ANSWER_METRICS = ("exact_match", "rouge_l")
+
+#: Metrics that are measured in several settings and runtimes, as `decode_tokens_per_second/batch 4`.
+VARIED = (
+    "decode_tokens_per_second", "energy_joules_per_token", "first_token_seconds", "kl_divergence",
+    "kv_cache_bytes_per_token", "peak_memory_bytes", "prefill_tokens_per_second", "top1_agreement",
+)  # fmt: skip
 
 
 def parse_size(size: str | int | float) -> int:
@@ -40,8 +49,10 @@ def parse_size(size: str | int | float) -> int:
 
 
 def known_metric(metric: str) -> bool:
-    """Whether a goal can name `metric`: any metric of the registry, or `accuracy/<area or task>`."""
-    return metric in METRICS or (metric.startswith("accuracy/") and len(metric) > len("accuracy/"))
+    """Whether a goal can name `metric`: any metric of the registry, `accuracy/<area or task>`, or, of what is measured
+    in several settings and runtimes, `<metric>/<setting or runtime>`."""
+    base, _, variant = metric.partition("/")
+    return metric in METRICS or (bool(variant) and base in ("accuracy", *VARIED))
 
 
 @dataclass(frozen=True)
@@ -79,15 +90,16 @@ def parse_goal(metric: str, value: str | int | float) -> Goal:
     if not known_metric(metric):
         raise RecipeError(METRICS.unknown(metric))
     text = str(value).strip()
-    share = metric in SHARES or metric.startswith("accuracy/")
-    foreign = metric not in METRICS.table and not share
+    base = metric.partition("/")[0]
+    share = base in SHARES
+    foreign = base not in METRICS.table and not share
     match = _GOAL.fullmatch(text)
     if isinstance(value, bool) or (not match and not _SIZE.fullmatch(text)):
         raise RecipeError(
             f"{yaml_words(value)} is not a goal; allowed: a change as in +2%, -1pt or -0.5, a figure as in 12.5 or 2GB."
         )
     if not match:
-        if not metric.endswith("_bytes") and not foreign:
+        if "_bytes" not in base and not foreign:
             raise RecipeError(f"{yaml_words(value)} is a size, and {metric} is not counted in bytes.")
         return Goal(metric, "absolute", float(parse_size(text)), text)
     sign, figure, unit = match[1], float(match[2]), match[3]
@@ -97,8 +109,8 @@ def parse_goal(metric: str, value: str | int | float) -> Goal:
         raise RecipeError(f"{yaml_words(value)} is a share, and {metric} is not one; write a change as in +2%.")
     if unit == "pt" and not sign:
         raise RecipeError(f"{yaml_words(value)} needs a sign: percentage points are a change, as in -1pt.")
-    if sign and metric == "kl_divergence":
-        raise RecipeError(f"{yaml_words(value)} is a change, and the original's kl_divergence is 0; write a figure.")
+    if sign and base in ("kl_divergence", "kl_divergence_p99"):
+        raise RecipeError(f"{yaml_words(value)} is a change, and the original's {metric} is 0; write a figure.")
     bound = (-figure if sign == "-" else figure) / (100 if unit else 1)
     if not sign:
         return Goal(metric, "absolute", bound, text)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 
+#: Before the name of a metric of the Hugging Face hub.
+HUB = "hub:"
+
+
 class Registry:
     """The classes of one kind, by name. `kind` is the word that messages use ("pass")."""
 
@@ -75,6 +79,20 @@ class Registry:
         return found
 
 
+class MetricRegistry(Registry):
+    """The metrics; `hub:<name>` is one that `evaluate` loads from the Hugging Face hub."""
+
+    def __contains__(self, name: object) -> bool:
+        return (isinstance(name, str) and name.startswith(HUB) and len(name) > len(HUB)) or super().__contains__(name)
+
+    def get(self, name: str) -> Any:
+        if not name.startswith(HUB):
+            return super().get(name)
+        from compress.measure.hub_metric import hub_metric
+
+        return hub_metric(name)
+
+
 def _owner(point: EntryPoint) -> str:
     return point.dist.name if point.dist else point.value
 
@@ -116,24 +134,41 @@ FORMATS = Registry(
         "bitsandbytes": "compress.formats.bitsandbytes:BitsAndBytes",
         "compressed-tensors": "compress.formats.compressed_tensors:CompressedTensors",
         "dense": "compress.formats.dense:Dense",
+        "gguf": "compress.formats.gguf:GGUF",
+        "onnx": "compress.formats.onnx:Onnx",
         "packed": "compress.formats.packed:Packed",
     },
     "compress.formats",
 )
-RUNTIMES = Registry("runtime", {"transformers": "compress.measure.runtimes:Transformers"}, "compress.runtimes")
-METRICS = Registry(
+RUNTIMES = Registry(
+    "runtime",
+    {
+        "llama.cpp": "compress.measure.llama_cpp:LlamaCpp",
+        "onnxruntime": "compress.measure.onnxruntime_engine:OnnxRuntime",
+        "transformers": "compress.measure.runtimes:Transformers",
+    },
+    "compress.runtimes",
+)
+METRICS = MetricRegistry(
     "metric",
     {
         "accuracy": "compress.measure.metrics:Accuracy",
+        "bits_per_byte": "compress.measure.metrics:BitsPerByte",
         "bits_per_weight": "compress.measure.metrics:BitsPerWeight",
         "decode_tokens_per_second": "compress.measure.metrics:DecodeTokensPerSecond",
         "energy_joules_per_token": "compress.measure.metrics:EnergyJoulesPerToken",
+        "exact_match": "compress.measure.metrics:ExactMatch",
+        "f1": "compress.measure.metrics:F1",
         "first_token_seconds": "compress.measure.metrics:FirstTokenSeconds",
         "kl_divergence": "compress.measure.metrics:KLDivergence",
+        "kl_divergence_p99": "compress.measure.metrics:KLDivergenceP99",
+        "kv_cache_bytes_per_token": "compress.measure.metrics:KVCacheBytesPerToken",
+        "matthews_correlation": "compress.measure.metrics:MatthewsCorrelation",
         "parameters": "compress.measure.metrics:Parameters",
         "peak_memory_bytes": "compress.measure.metrics:PeakMemoryBytes",
         "perplexity": "compress.measure.metrics:Perplexity",
         "prefill_tokens_per_second": "compress.measure.metrics:PrefillTokensPerSecond",
+        "rouge_l": "compress.measure.metrics:RougeL",
         "top1_agreement": "compress.measure.metrics:Top1Agreement",
         "weights_bytes": "compress.measure.metrics:WeightsBytes",
     },

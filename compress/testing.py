@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 VOCABULARY = 96
 CONTEXT = 64
+#: Ids that `byte_tokenizer` needs a model to have; the last few stand for nothing.
+BYTE_VOCABULARY = 272
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -143,6 +145,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `BYTE_VOCABULARY` ids, as formats with tokenizers of their own can hold it; `<bos>` is 1 and
+    stands before a text, `<eos>` is 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "a"), ("e", "r"), ("o", "n"), ("1", "2")]
+    pieces = ["<pad>", "<bos>", "<eos>", *alphabet, *(left + right for left, right in merges)]
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<bos>", "<eos>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
 def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:

@@ -29,6 +29,8 @@ KINDS = {
     "completion": ("prompt", "completion"),
     "text": ("text",),
 }
+#: What a text's refusal ends with; test items have no such option.
+SKIP_HINT = "\nskip_bad: true leaves such lines out."
 #: Malformed lines that are named in full.
 MOST_NAMED = 5
 
@@ -201,7 +203,7 @@ def made_of_each(given: Iterable[T], make: Callable[[T], U], skipped: list[str] 
 def refusal(bad: Sequence[str]) -> str:
     """One message for malformed lines: the first few in full."""
     more = f"\nand {len(bad) - MOST_NAMED} more." if len(bad) > MOST_NAMED else ""
-    return "\n".join(bad[:MOST_NAMED]) + more + "\nskip_bad: true leaves such lines out."
+    return "\n".join(bad[:MOST_NAMED]) + more + SKIP_HINT
 
 
 def _json(text: str, origin: str) -> Any:

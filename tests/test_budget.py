@@ -45,7 +45,7 @@ def _layers(block: Block) -> Mapping[str, Layer]:
 
 
 def _rounded(layer: Layer, bits: int) -> torch.Tensor:
-    return nearest(layer.weight, RTN(group_size=16).grid(layer.dtype, bits))
+    return nearest(layer.weight, RTN(group_size=16).spec_at(layer.dtype, bits))
 
 
 def _by_hand(model: Any, names: list[str], bits: int, windows: Any = WINDOWS) -> float:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 import compress
 from compress.errors import CompressError, StartError
 from compress.images import image_windows, patches_of
-from compress.measure.benchmark import _prompt
 from compress.measure.measurements import BenchmarkJob, SpeedSettings
+from compress.measure.running import prompt_tokens
 from compress.measure.verification import plain_output
 from compress.measure.worker import KINDS
 from compress.pipeline import run
@@ -95,15 +95,17 @@ def test_plain_transformers_in_a_process_of_its_own_gives_the_same(family, tmp_p
 @pytest.mark.parametrize("family", ["t5", "vit"])
 def test_speed_memory_and_size_of_such_a_model_are_measured(family, tmp_path):
     folder = save_tiny(tmp_path / family, family)
+    engine = {"runtime": "transformers", "folder": str(folder), "dtype": "auto"}
     speed = {"prompt": 8, "decode_prompt": 4, "new_tokens": 3, "rounds": 1, "warmup": 0}
     job = {
-        "model": str(folder), "models": [str(folder)], "dtype": "auto", "dtypes": ["auto"], "device": "cpu",
-        "threads": 1, "seed": 0, "speed": speed, "prompt_length": 8, "new_tokens": 3, "inputs": str(tmp_path / "in"),
+        "model": str(folder), "engine": engine, "engines": [engine], "device": "cpu", "dtype": "auto", "threads": 1,
+        "seed": 0, "speed": speed, "prompt_length": 8, "new_tokens": 3, "cache_length": 8,
+        "inputs": str(tmp_path / "in"),
     }  # fmt: skip
-    save_file({"prompt": _prompt(folder, BenchmarkJob(speed=SpeedSettings(**speed)))}, tmp_path / "in")
+    save_file({"prompt": prompt_tokens(folder, BenchmarkJob(speed=SpeedSettings(**speed)))}, tmp_path / "in")
     values, records = KINDS["speed"](job)
     assert records["0/prefill_tokens_per_second"] > 0
-    assert ("0/decode_tokens_per_second" in records) == values["generates"][0] == (family == "t5")
+    assert ("0/decode_tokens_per_second" in records) == values["engines"][0]["generates"] == (family == "t5")
     assert KINDS["memory"](job)[0]["peak_memory_bytes"] > 0
     quality, _ = KINDS["quality"]({**job, "inputs": None, "items": {}, "prompts": []})
     assert quality["parameters"] == parameters_of(tiny_model(family))

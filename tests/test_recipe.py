@@ -14,9 +14,10 @@ from pydantic import Field, field_validator, model_validator
 
 from compress.errors import CompressError, RecipeError, StartError
 from compress.passes.base import Pass, PassResult
-from compress.recipe import DataEntry, Recipe, differences, parse_goal, parse_size, starter_recipe
+from compress.recipe import DataEntry, Recipe, differences, parse_goal, parse_size
 from compress.recipe_yaml import parse_yaml
-from compress.registry import PASSES
+from compress.registry import FORMATS, PASSES, RUNTIMES
+from compress.starter import starter_recipe
 
 
 class Rounding(Pass):
@@ -300,10 +301,10 @@ def test_any_values_make_a_recipe_or_are_refused_with_a_recipe_error(values: dic
         (tiny(memory="8 gigs"), 'memory: "8 gigs" is not a size; allowed: a number and a unit, as in 2GB or 1500 MiB.'),
         (tiny(memory=0), "memory: 0 is no room at all."),
         (tiny(export="dense"), 'export: "dense" is not allowed; allowed: a list of text.'),
-        (tiny(export=["dens"]), 'export.0: unknown format "dens"; allowed: bitsandbytes, compressed-tensors, dense, packed. Did you mean "dense"?'),
+        (tiny(export=["dens"]), f'export.0: unknown format "dens"; allowed: {", ".join(FORMATS.names())}. Did you mean "dense"?'),
         (tiny(export=["dense", "dense"]), 'export.1: "dense" stands there twice.'),
         (tiny(benchmark=True), "benchmark: true is not allowed; allowed: a mapping."),
-        (tiny(benchmark={"runtimes": ["llama"]}), 'benchmark.runtimes.0: unknown runtime "llama"; allowed: transformers.'),
+        (tiny(benchmark={"runtimes": ["vllm"]}), f'benchmark.runtimes.0: unknown runtime "vllm"; allowed: {", ".join(RUNTIMES.names())}.'),
         (tiny(benchmark={"tasks": ["builtin:tinny"]}), 'benchmark.tasks.0: "builtin:tinny" does not exist; allowed: builtin:tiny. Did you mean "builtin:tiny"?'),
         (tiny(data=["x.txt"]), 'data: ["x.txt"] is not allowed; allowed: a mapping of calibration, evaluation, training.'),
         (tiny(data={"calibratoin": "x"}), 'data.calibratoin: unknown key; allowed: calibration, evaluation, training. Did you mean "calibration"?'),
@@ -465,7 +466,7 @@ def test_a_local_folder_is_the_model_and_hub_ids_stay(tmp_path: Path) -> None:
         ({"model": "gpt2", "data": {"calibration": "./texts"}}, ["no such file", "allowed: a .txt or .jsonl file"]),
         ({"model": "gpt2", "data": {"calibration": "model"}}, ["is a folder; allowed: a .txt or .jsonl file"]),
         ({"model": "gpt2", "data": {"calibration": "table.csv"}}, ["table.csv is neither a .txt nor a .jsonl file"]),
-        ({"model": "gpt2", "benchmark": {"tasks": ["arc_easy"]}}, ["benchmark.tasks.0: no such file"]),
+        ({"model": "gpt2", "benchmark": {"tasks": ["./arc_easy"]}}, ["benchmark.tasks.0: no such file"]),
         ({"model": "gpt2", "data": {"calibration": "x" * 5000 + ".txt"}}, ["no such file"]),
     ],
 )  # fmt: skip

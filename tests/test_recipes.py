@@ -11,18 +11,30 @@ from transformers import BertForSequenceClassification
 import compress
 from compress import answers
 from compress.recipe import Recipe
-from compress.testing import save_tiny, tiny_model, tiny_tokenizer
+from compress.registry import FORMATS
+from compress.testing import BYTE_VOCABULARY, byte_tokenizer, save_tiny, tiny_model, tiny_tokenizer
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
 #: Recipes whose folder is reloaded in a process of its own: one of each kind of folder, since that takes seconds.
 RELOADED = ("w4-gptq", "w8a8-smoothquant", "prune-width-30", "vocab-domain", "lora-recover", "prune-bert-classifier")
+#: What has to be there for recipes that export for another program.
+ENGINES = {"gguf-q4": "llama_cpp", "onnx-int4": "onnxruntime_genai"}
 
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("model"), hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def exportable(tmp_path_factory):
+    """A stand-in with a tokenizer that other programs can read."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    folder = save_tiny(tmp_path_factory.mktemp("exportable"), vocab_size=BYTE_VOCABULARY, **shape)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +79,12 @@ def _reasoned(model, tokenizer, prompts, options):
 def test_the_recipe_runs_and_changes_what_it_says(path, stand_in, labelled, tmp_path, monkeypatch, request):
     if path.stem not in RELOADED:
         request.getfixturevalue("unverified")
+    if path.stem in ENGINES:
+        pytest.importorskip(ENGINES[path.stem], reason=f"{ENGINES[path.stem]} is not installed")
     asked, text = Recipe.load(path), path.read_text()
     model = labelled if "classifier" in path.stem else stand_in
+    if asked.export:
+        model = request.getfixturevalue("exportable")
     overrides = ["data.calibration.samples=4", "data.calibration.length=32", "benchmark=false"]
     for role in ("calibration", "training", "evaluation"):
         if role == "calibration" or getattr(asked.data, role) is not None:
@@ -76,8 +92,9 @@ def test_the_recipe_runs_and_changes_what_it_says(path, stand_in, labelled, tmp_
     for name in ("quantize", "lora"):
         if f"- {name}:" in text:
             overrides.append(f"passes.{name}.tokens=512")
-    if "- distill:" in text:
-        overrides += ["passes.distill.steps=2", "passes.distill.batch_size=4"]
+    for place, step in enumerate(asked.passes):
+        if step.name == "distill":
+            overrides += [f"passes.{place}.distill.steps=2", f"passes.{place}.distill.batch_size=4"]
     if path.stem == "prune-distill-quantize":  # the stand-in has two blocks
         overrides.append("passes.depth.layers=1")
     if path.stem == "shrink-60":  # and 96 tokens
@@ -92,6 +109,9 @@ def test_the_recipe_runs_and_changes_what_it_says(path, stand_in, labelled, tmp_
     recipe = Recipe.load(path, overrides, model=str(model), output=str(tmp_path / "run"))
     report = compress.run(recipe)
     assert report.verified.reloaded
+    assert [export.format for export in report.exports if export.reloaded] == [
+        name for name in recipe.export if FORMATS.get(name).runtime
+    ]
     assert [stage.pass_ for stage in report.stages] == [step.name for step in recipe.passes]
     least = [0 if step.structural else 0.9 for step in recipe.passes]  # what is removed is as much as was asked for
     assert all(stage.coverage > share for stage, share in zip(report.stages, least, strict=True))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import TensorSpec
+from compress.checkpoint import TensorSpec, checkpoint_bytes
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -85,6 +85,9 @@ class Format(ABC):
     """A way to store a model that others read. Stateless; registered by name in `registry.FORMATS`."""
 
     name: ClassVar[str]
+    #: The name in `registry.RUNTIMES` of what reads this format, where that is not transformers. A run that exports it
+    #: loads it so in a fresh process and compares, before it counts as done.
+    runtime: ClassVar[str | None] = None
 
     @abstractmethod
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
@@ -93,9 +96,41 @@ class Format(ABC):
         `dtype` is the model's, `kinds` what `layer_kinds` says, `specs` the quantized layers by name.
         """
 
+    def refuses_model(self, contents: Contents) -> str | None:
+        """One sentence on why this architecture or these shapes cannot be held, or on what is not installed; or None.
+
+        Needs no weights, and no tokenizer.
+        """
+        return None
+
+    def refuses_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> str | None:
+        """One sentence on why this tokenizer cannot be held beside a model of this config, or None."""
+        return None
+
+    def refusal(self, contents: Contents) -> str | None:
+        """Why the contents cannot be held, all but their tokenizer looked at; or None."""
+        return self.refuses(contents.dtype, contents.kinds, contents.quantization) or self.refuses_model(contents)
+
     def stored(self, contents: Contents) -> Sequence[TensorSpec]:
         """The tensors that `write` stores. None is read, so the contents may be a model without weights."""
         return contents.tensors
+
+    def file_bytes(self, contents: Contents) -> int:
+        """Bytes of the weights' files that `write` makes. None is read."""
+        return checkpoint_bytes(self.stored(contents))
+
+    def allowed_difference(self, contents: Contents) -> float:
+        """The most by which log-likelihoods (nats a token, in the mean) may differ when `runtime` runs what was
+        written, by the arithmetic of that runtime. The square of it is the most that KL may be: noise of deviation s
+        in the logits costs s**2 / 2."""
+        return 1e-3
+
+    def allowed_exactly(self, contents: Contents) -> float:
+        """As `allowed_difference`, of `Runtime.exact`: what is left is what the model in memory rounds itself,
+        everything to 16 bits, or the weights of asymmetric grids, which it multiplies in their scales' dtype."""
+        if contents.dtype != torch.float32:
+            return 0.2 if contents.dtype == torch.bfloat16 else 0.03
+        return 1e-3 if all(spec.symmetric for spec in contents.quantization.values()) else 1e-2
 
     @abstractmethod
     def write(self, folder: Path, contents: Contents) -> None:

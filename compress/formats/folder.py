@@ -10,15 +10,12 @@ import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.checkpoint import atomic_write_text, disk_errors, sync_folder
 from compress.errors import StartError
 from compress.formats.base import Contents, Format, of_kind
 from compress.nn.bnb_linear import BnbSpec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 HISTORY = "compress.json"
 SCHEMA_VERSION = 1
@@ -31,7 +28,7 @@ def write_model_folder(folder: str | os.PathLike[str], contents: Contents, forma
     """
     folder = Path(folder)
     form = format if isinstance(format, Format) else _named(format or default_format(contents))
-    reason = form.refuses(contents.dtype, contents.kinds, contents.quantization)
+    reason = form.refusal(contents)
     if reason:
         raise StartError(f"{folder}: {reason}")
     partial = folder.with_name(folder.name + ".partial")
@@ -92,8 +89,12 @@ def write_ordinary_files(
     _write_json(folder / "config.json", _config(contents, quantization_config))
     if contents.generation_config is not None:
         atomic_write_text(folder / "generation_config.json", contents.generation_config.to_json_string(use_diff=True))
-    if contents.tokenizer is not None:
-        _write_tokenizer(folder, contents.tokenizer)
+    write_tokenizer(folder, contents)
+    write_record(folder, contents, format, about)
+
+
+def write_record(folder: Path, contents: Contents, format: str, about: Mapping[str, Any] | None = None) -> None:
+    """The model card and compress.json: how the model came to be. `about` is added to the latter."""
     if contents.card:
         atomic_write_text(folder / "README.md", contents.card)
     history = [dict(entry) for entry in contents.history]
@@ -107,6 +108,18 @@ def write_ordinary_files(
     _write_json(folder / HISTORY, about)
 
 
+def write_tokenizer(folder: Path, contents: Contents) -> None:
+    """The tokenizer's files, if there is one."""
+    if contents.tokenizer is None:
+        return
+    try:
+        contents.tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # the tokenizers library raises no other class for a full disk
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+
+
 def replace_folder(new: Path, old: Path) -> None:
     """Give the folder `new` the name of `old`; what has that name is removed."""
     aside = old.with_name(old.name + ".old")
@@ -116,15 +129,6 @@ def replace_folder(new: Path, old: Path) -> None:
     new.rename(old)
     sync_folder(old.parent)
     _remove(aside)
-
-
-def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    try:
-        tokenizer.save_pretrained(str(folder))
-    except Exception as error:  # the tokenizers library raises no other class for a full disk
-        if "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        raise
 
 
 def _config(contents: Contents, quantization_config: Mapping[str, Any] | None) -> dict[str, Any]:

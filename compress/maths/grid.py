@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,16 @@ SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32":
 
 #: How codes are stored. "packed": integers in 32-bit words; the others one code an element, as those types.
 STORED_DTYPES = {"packed": torch.int32, "int8": torch.int8, "float8": torch.float8_e4m3fn}
+
+#: Grids of other programs' blocks, in the words of a `QuantSpec`. Scales on them are numbers that float16 holds. Blocks
+#: of gguf-q4_1 store `-zero * scale` in float16 as well, with zero counted from the lowest code, 0 to 15: a scale of
+#: `SHORT_BITS` significant bits makes that exact.
+NAMED_GRIDS: dict[str, dict[str, Any]] = {
+    "gguf-q4_0": {"bits": 4, "group_size": 32, "symmetric": True},
+    "gguf-q4_1": {"bits": 4, "group_size": 32, "symmetric": False},
+    "gguf-q8_0": {"bits": 8, "group_size": 32, "symmetric": True},
+}
+SHORT_BITS = 7
 
 # A layer is worked on a few rows at a time: temporaries stay in the processor's cache, and small beside the layer.
 CHUNK_ELEMENTS = 1 << 18
@@ -42,6 +53,7 @@ class QuantSpec:
     stored: a key of `STORED_DTYPES`; "float8" codes are numbers of 4 exponent and 3 fraction bits instead of integers.
     activations: the layer's inputs are rounded as well, to the type of the codes, with a scale for each token that is
     found when the token comes ("dynamic"). See `compress.maths.activations`.
+    grid: a key of `NAMED_GRIDS`: bits, group size and symmetry are its own, and its scales what its blocks can hold.
     """
 
     bits: int
@@ -50,8 +62,16 @@ class QuantSpec:
     scale_dtype: str = "float16"
     stored: str = "packed"
     activations: bool = False
+    grid: str | None = None
 
     def __post_init__(self) -> None:
+        if self.grid is not None:
+            if self.grid not in NAMED_GRIDS:
+                raise StartError(f"grid is {self.grid!r}: one of {', '.join(NAMED_GRIDS)} can be used")
+            own = NAMED_GRIDS[self.grid]
+            if any(getattr(self, name) != value for name, value in own.items()) or self.stored != "packed":
+                words = ", ".join(f"{name} {value}" for name, value in own.items())
+                raise StartError(f"grid {self.grid} is {words}")
         if not 2 <= self.bits <= 8:
             raise StartError(f"bits is {self.bits}: 2 to 8 can be used")
         if self.group_size != -1 and self.group_size < 1:
@@ -89,6 +109,11 @@ class QuantSpec:
         if self.group_size == -1:
             return columns
         if columns % self.group_size:
+            if self.grid is not None:
+                raise StartError(
+                    f"grid {self.grid} has blocks of {self.group_size}, which do not divide the {columns} columns of "
+                    "the layer: name the layer in `skip`, and it stays as it is"
+                )
             sizes = [size for size in range(2, columns + 1) if columns % size == 0]
             raise StartError(
                 f"group_size {self.group_size} does not divide the {columns} columns of the layer; "
@@ -107,13 +132,20 @@ def eight_bit_spec(layer_dtype: torch.dtype, stored: str, activations: bool) -> 
     return QuantSpec(8, scale_dtype=str(layer_dtype).removeprefix("torch."), stored=stored, activations=activations)
 
 
-def spec_for(layer_dtype: torch.dtype, bits: int, group_size: int, symmetric: bool) -> QuantSpec:
+def spec_for(
+    layer_dtype: torch.dtype, bits: int, group_size: int, symmetric: bool, grid: str | None = None
+) -> QuantSpec:
     """The grid for a layer of this dtype: scales are bfloat16 in a bfloat16 model, float16 in any other.
 
     A bfloat16 model may hold weights that float16 cannot; float16 scales are 8 times finer where they fit.
     """
     scale_dtype = "bfloat16" if layer_dtype == torch.bfloat16 else "float16"
-    return QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    return QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype, grid=grid)
+
+
+def named_spec(layer_dtype: torch.dtype, grid: str) -> QuantSpec:
+    """The spec of a grid in `NAMED_GRIDS` for a layer of this dtype."""
+    return spec_for(layer_dtype, **NAMED_GRIDS[grid], grid=grid)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -179,17 +211,25 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpe
 
 def storable(scale: Tensor, spec: QuantSpec) -> Tensor:
     """The scale as its dtype will hold it (same dtype as given); see `find_params` for the ends of the range."""
-    limits = torch.finfo(spec.torch_scale_dtype)
-    if not bool((scale <= limits.max).all()):
+    limits = torch.finfo(torch.float16 if spec.grid else spec.torch_scale_dtype)
+    largest = limits.max if spec.grid is None or spec.symmetric else limits.max / 2**spec.bits
+    if not bool((scale <= largest).all()):
         if not bool(scale.isfinite().all()):
             raise CompressError("the weight holds NaN or infinite values")
         raise CompressError(
-            f"a scale of {float(scale.max()):.4g} does not fit {spec.scale_dtype}, which ends at {limits.max:.4g}: "
-            "the weight holds values too large to be stored so; load the model in bfloat16"
+            f"a scale of {float(scale.max()):.4g} does not fit {spec.grid or spec.scale_dtype}, which ends at "
+            f"{largest:.4g}: the weight holds values too large to be stored so"
+            + ("" if spec.grid else "; load the model in bfloat16")
         )
     # float16 is used down to its smallest subnormal: an 8-bit grid for weights below 0.008 lies there already.
     smallest = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)
-    return scale.clamp(min=smallest).to(spec.torch_scale_dtype).to(scale.dtype)
+    kept = scale.clamp(min=smallest)
+    if spec.grid is not None and not spec.symmetric:
+        fraction, exponent = torch.frexp(kept)
+        kept = torch.ldexp((fraction * 2**SHORT_BITS).round_().div_(2**SHORT_BITS), exponent)
+    kept = kept.to(spec.torch_scale_dtype)
+    # What float16 makes of a bfloat16 number is one again: where it holds fewer bits, they are fewer than bfloat16's 8.
+    return (kept if spec.grid is None else kept.to(torch.float16)).to(scale.dtype)
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:

@@ -32,16 +32,27 @@ def area_scores(
 def class_scores(model: PreTrainedModel, windows: Windows) -> Scores:
     """1 for each text whose class the model says, 0 for each other; `windows.labels` are the classes."""
     assert windows.labels is not None
-    right: list[int] = []
-    size = max(1, TOKENS // windows.length)
-    for start in range(0, len(windows), size):
-        part = windows.select(torch.arange(start, min(start + size, len(windows))))
-        assert part.labels is not None
-        text = {"input_ids": part.tokens.to(model.device)}
-        if part.mask is not None:
-            text["attention_mask"] = part.mask.long().to(model.device)
-        right += (model(**text).logits.argmax(-1).cpu() == part.labels).int().tolist()
-    return {"classes": right}
+    said = predicted_classes(model, windows.tokens, windows.mask)
+    return {"classes": (said == windows.labels).int().tolist()}
+
+
+@torch.inference_mode()
+def predicted_classes(model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The class that the model says of each text, int64 [n]. `tokens`: int64 [n, length]; `mask`: bool [n, length],
+    False where padded, None where nothing is."""
+    said: list[torch.Tensor] = []
+    size = max(1, TOKENS // tokens.shape[1])
+    if model.config.get_text_config().pad_token_id is None:
+        size = 1  # decoders take the class at a text's last token, and find it by the padding
+    for start in range(0, len(tokens), size):
+        text = {"input_ids": tokens[start : start + size].to(model.device)}
+        if mask is not None:
+            keep = mask[start : start + size]
+            width = int(keep.sum(1).max()) if size == 1 else tokens.shape[1]
+            text["input_ids"] = text["input_ids"][:, :width]
+            text["attention_mask"] = keep[:, :width].long().to(model.device)
+        said.append(model(**text).logits.argmax(-1).cpu())
+    return torch.cat(said)
 
 
 def summarised(scores: Mapping[str, Scores], seed: int = 0) -> dict[str, Any]:

@@ -4,39 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.errors import StartError
 from compress.locating import adapter_beside
-from compress.measure.jobs import JobResult, fingerprint, key_of, run_job
+from compress.measure.fork_server import ForkServer
+from compress.measure.jobs import fingerprint, job_server, key_of
 from compress.measure.measurements import BenchmarkJob, Measurements
+from compress.measure.quality import quality
+from compress.measure.running import Place, measure_agreement, measure_memory, measure_speed, speed_detail
 from compress.progress import Progress
 from compress.registry import METRICS
+from compress.reports import units
 from compress.reports.report import Figure, Other, Report
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from compress.measure.vocabularies import Pairing
-
-#: Prompt and new tokens of the memory measurement.
-MEMORY_PROMPT, MEMORY_TOKENS = 16, 8
-PROMPT_TOKENS = 48
 #: Models up to this size have their memory measured while their quality is.
 BESIDE_LIMIT = 500_000_000
+#: Why the original has no figure of how near another runtime is.
+FROM_ITSELF = "it is a distance from the same model in transformers, not from the original"
 
 
 def measure_original(
-    model: str, *, job: BenchmarkJob, workdir: Path, speed: bool = False, progress: Progress | None = None
+    model: str,
+    *,
+    job: BenchmarkJob,
+    workdir: Path,
+    speed: bool = False,
+    progress: Progress | None = None,
+    server: ForkServer | None = None,
+    kept_in: Path | None = None,
 ) -> Measurements:
     """Measures the original by itself: quality, size, memory; `speed` too when nothing will be compared with it.
 
-    Kept in `workdir` under the fingerprint of the model's files, the job and the versions; asked for again, the same
-    figures come back without measuring. `model`: a folder, `builtin:<name>` or a hub id.
+    Kept in `kept_in` (default: `workdir`) under the fingerprint of the model's files, the job and the versions; asked
+    for again, the same figures come back without measuring, but for speeds, which `workdir` keeps. `model`: a folder,
+    `builtin:<name>` or a hub id. `server`: see `measure_compressed`.
     """
     from compress.locating import locate
     from compress.measure.runtimes import is_causal, read_config
@@ -44,16 +50,18 @@ def measure_original(
     found = Measurements(model, locate(model))
     causal = is_causal(read_config(found.folder))
     state = fingerprint(found.folder)
-    with (progress or Progress()).step("measuring the original", total=2 + speed) as step:
-        key = key_of(state, job.device, job.threads, job.dtype)
-        with _meanwhile(partial(_memory, found, job, workdir, dtype=job.dtype, key=key), job, found):
-            _quality(found, job, workdir, state, causal=causal, original=None)
-            step.advance("quality")
-        step.advance("memory")
+    plain = replace(job, runtimes=("transformers",)) if not speed else job  # of the original, nothing else is measured
+    with _place(job, workdir, progress, server, kept_in) as place:
+        remember = partial(measure_memory, found, plain, place, title="original", dtype=job.dtype)
+        told: set[str] = set()
+        with _meanwhile(remember, job, found):
+            quality(found, job, place, state, causal=causal, original=None)
+        _files(found, int(found.records["parameters"][0]))
+        _tell(found, job, place, "original", told)
         if speed:
-            _speed(found, None, job, workdir)
-            step.advance("speed")
-    _files(found, int(found.records["parameters"][0]))
+            measure_agreement(found, job, place)
+            measure_speed(found, None, job, place)
+            _tell(found, job, place, "original", told)
     _figures(found, job, is_original=True)
     return found
 
@@ -66,11 +74,14 @@ def measure_compressed(
     job: BenchmarkJob,
     workdir: Path,
     progress: Progress | None = None,
+    server: ForkServer | None = None,
 ) -> Measurements:
     """Measures an exported folder (`DIR` or `DIR/model`) beside the original, each in fresh processes.
 
     Quality through plain transformers wherever it loads the folder (in lock step with the original where KL or
-    agreement is wanted), memory and speed through `compress.load`; speeds of both are taken in turn.
+    agreement is wanted), memory and speed through `compress.load` and the job's other runtimes; speeds of all are taken
+    in turn. Finished jobs are kept in `workdir`: called again after an interruption, it does what is missing. `server`:
+    what forks the processes (default: one of its own).
     """
     from compress.locating import locate
     from compress.measure.runtimes import is_causal, read_config
@@ -79,16 +90,44 @@ def measure_compressed(
     first = original_measurements
     causal = is_causal(read_config(found.folder)) and is_causal(read_config(first.folder))
     state = key_of(fingerprint(first.folder), fingerprint(found.folder))
-    with (progress or Progress()).step("measuring the compressed model", total=3) as step:
-        with _meanwhile(partial(_memory, found, job, workdir, dtype="auto", key=None), job, first):
-            _quality(found, job, workdir, state, causal=causal, original=first)
-            step.advance("quality")
-        step.advance("memory")
-        _speed(found, first, job, workdir)
-        step.advance("speed")
-    _files(found, int(first.records["parameters"][0]))
+    with _place(job, workdir, progress, server, None) as place:
+        remember = partial(measure_memory, found, job, place, title="compressed", dtype="auto")
+        told: set[str] = set()
+        with _meanwhile(remember, job, first):
+            quality(found, job, place, state, causal=causal, original=first)
+        _files(found, int(first.records["parameters"][0]))
+        _tell(found, job, place, "compressed", told)
+        measure_agreement(found, job, place)
+        measure_speed(found, first, job, place)
+        _tell(found, job, place, "compressed", told)
     _figures(found, job, is_original=False)
     return found
+
+
+@contextmanager
+def _place(
+    job: BenchmarkJob, workdir: Path, progress: Progress | None, server: ForkServer | None, kept_in: Path | None
+) -> Iterator[Place]:
+    """Where jobs are done; with a server for as long, where none is given."""
+    with nullcontext(server) if server is not None else job_server(job.device, job.threads) as forks:
+        yield Place(workdir, progress or Progress(), forks, kept_in)
+
+
+def _tell(found: Measurements, job: BenchmarkJob, place: Place, title: str, told: set[str]) -> None:
+    """Shows the figures that there are by now, and that were not `told` yet."""
+    now = replace(found, figures={}, beside_figures={})
+    _figures(now, job, is_original=title == "original")
+    new = [
+        name for name, figure in now.figures.items() if figure.value is not None and name not in told | {"parameters"}
+    ]
+    if new:
+        words = [f"{units.title(name)} {_human(now.figures[name])}" for name in units.order(new)]
+        place.progress.note(f"{title}: {'; '.join(words)}")
+        told |= set(new)
+
+
+def _human(figure: Figure) -> str:
+    return units.human(figure.value, figure.unit)
 
 
 def benchmark(
@@ -98,28 +137,35 @@ def benchmark(
     *,
     name: str = "benchmark",
     progress: Progress | None = None,
+    kept_in: Path | None = None,
 ) -> Report:
     """Measures models against the first of them. The second's figures are the report's `compressed`; `others` has
-    the rest."""
+    the rest. `kept_in`: where figures of the first are kept for other runs."""
     from compress.measure.comparison import compare, original_figures
     from compress.measure.environment import environment
+    from compress.measure.flips import flips, worst
 
     if not models:
         raise StartError("compress benchmark needs a model: the original, then those to compare with it.")
-    first = measure_original(models[0], job=job, workdir=workdir, speed=len(models) == 1, progress=progress)
     report = Report(name=name, recipe={"model": models[0], "models": list(models)})
     report.environment = environment(threads=job.threads, device=job.device)
-    report.original, report.notes = first.figures, list(first.notes)
-    for i, model in enumerate(models[1:]):
-        found = measure_compressed(model, models[0], first, job=job, workdir=workdir, progress=progress)
-        report.notes += found.notes
-        if i == 0:
-            report.original = original_figures(first, found)
-            report.compressed, report.comparison = found.figures, compare(first, found, seed=job.seed)
-            report.generations = generations(job, first, found)
-        else:
-            entry = Other(model=model, measurements=found.figures, comparison=compare(first, found, seed=job.seed))
-            report.others.append(entry)
+    with job_server(job.device, job.threads) as server:
+        options: dict[str, Any] = {"job": job, "workdir": workdir, "progress": progress, "server": server}
+        first = measure_original(models[0], speed=len(models) == 1, kept_in=kept_in, **options)
+        report.original, report.notes = first.figures, list(first.notes)
+        for i, model in enumerate(models[1:]):
+            found = measure_compressed(model, models[0], first, **options)
+            report.notes += [note for note in found.notes if note not in report.notes]
+            if i == 0:
+                report.original = original_figures(first, found)
+                report.compressed, report.comparison = found.figures, compare(first, found, seed=job.seed)
+                report.generations = generations(job, first, found)
+                report.flips, report.worst = flips(first, found), worst(found)
+            else:
+                compared = compare(first, found, seed=job.seed)
+                other = Other(model=model, measurements=found.figures, comparison=compared)
+                other.flips, other.worst = flips(first, found), worst(found)
+                report.others.append(other)
     return report
 
 
@@ -143,135 +189,11 @@ def _meanwhile(work: Callable[[], None], job: BenchmarkJob, largest: Measurement
         running.result()
 
 
-def _quality(
-    found: Measurements, job: BenchmarkJob, workdir: Path, state: str, *, causal: bool, original: Measurements | None
-) -> None:
-    """Fills in the records of windows and items, and the count of parameters."""
-    headless = "the model has no head that gives next-token probabilities"
-    text = causal and job.windows is not None and (job.wants("text") or job.wants("reference"))
-    asked = causal and job.wants("items")
-    reference = text and original is not None and job.wants("reference")
-    found.reasons["text"] = headless if not causal else job.windows_reason
-    found.reasons["reference"] = headless if not causal else job.windows_reason
-    found.reasons["items"] = headless if not causal else "no items were given (benchmark.tasks)"
-    items = {area: [dict(item) for item in entries] for area, entries in job.items.items()} if asked else {}
-    request = {
-        "kind": "quality", "model": str(found.folder), "dtype": "auto" if original else job.dtype,
-        "reference": str(original.folder) if reference and original else None, "reference_dtype": job.dtype,
-        "items": items, "prompts": list(job.prompts) if causal else [], "prompt_tokens": PROMPT_TOKENS,
-        "device": job.device, "threads": job.threads, "seed": job.seed,
-    }  # fmt: skip
-    inputs: dict[str, Tensor] = {}
-    if text and job.windows is not None:
-        inputs = {"windows": job.windows} if job.mask is None else {"windows": job.windows, "mask": job.mask}
-    pairing = _paired(original, found, job) if text and original is not None else None
-    if pairing is not None:
-        inputs |= {"new_windows": pairing.windows, "token_of": pairing.token_of, "shared": pairing.shared}
-    result = run_job(request, workdir, inputs=inputs, key=key_of(state, request, *inputs.values()))
-    if pairing is not None:
-        found.notes.append(_vocabulary_note(pairing, result.records))
-    _take(found, result, ("text", "reference", "items", "files"))
-    found.records |= {key: value.numpy() for key, value in result.records.items()}
-    found.records["parameters"] = [result.values["parameters"]]
-    found.generations = result.values.get("generations", [])
-    correct = result.values.get("correct")
-    if correct:
-        found.records["correct"] = [score for scores in correct.values() for score in scores]
-        found.records["area"] = [area for area, scores in correct.items() for _ in scores]
-
-
-def _paired(original: Measurements, found: Measurements, job: BenchmarkJob) -> Pairing | None:
-    """The windows in the new model's tokens, where its tokenizer was cut."""
-    from compress.locating import context_length
-    from compress.measure.runtimes import read_config
-    from compress.measure.vocabularies import pair
-
-    assert job.windows is not None
-    context = context_length(read_config(found.folder))
-    return pair(original.folder, found.folder, job.windows, job.mask, context)
-
-
-def _vocabulary_note(pairing: Pairing, records: Mapping[str, Tensor]) -> str:
-    from compress.measure.vocabularies import note
-
-    tokens = float(records["tokens"].sum())
-    return note(pairing, float(records["mass"].sum()) / tokens if "mass" in records else None)
-
-
-def _memory(found: Measurements, job: BenchmarkJob, workdir: Path, *, dtype: str, key: str | None) -> None:
-    if not job.wants("memory"):
-        return
-    from transformers import AutoConfig
-
-    from compress.locating import context_length
-
-    context = context_length(AutoConfig.from_pretrained(found.folder)) or MEMORY_PROMPT + MEMORY_TOKENS
-    tokens = max(2, min(MEMORY_TOKENS, context // 2))
-    request = {
-        "kind": "memory", "model": str(found.folder), "dtype": dtype, "device": job.device, "threads": job.threads,
-        "seed": job.seed, "prompt_length": max(1, min(MEMORY_PROMPT, context - tokens)), "new_tokens": tokens,
-    }  # fmt: skip
-    result = run_job(request, workdir, key=key)
-    _take(found, result, ("memory",))
-    found.records["peak_memory_bytes"] = [result.values["peak_memory_bytes"]]
-    found.records["above_import_bytes"] = [result.values["above_import_bytes"]]
-
-
-def _speed(found: Measurements, original: Measurements | None, job: BenchmarkJob, workdir: Path) -> None:
-    if not job.wants("speed"):
-        return
-    import torch
-
-    pair = [found] if original is None else [original, found]
-    request = {
-        "kind": "speed", "model": str(found.folder), "models": [str(each.folder) for each in pair],
-        "dtypes": [job.dtype, "auto"][: len(pair)], "speed": asdict(job.speed), "device": job.device,
-        "threads": job.threads, "seed": job.seed,
-    }  # fmt: skip
-    result = run_job(request, workdir, inputs={"prompt": _prompt(found.folder, job).to(torch.int64)})
-    found.notes += result.values["notes"]
-    names = result.values["runtimes"]
-    found.runtimes["speed"] = names[-1]
-    records = {key: value.numpy() for key, value in result.records.items()}
-    found.records |= _prefixed(records, f"{len(pair) - 1}/")
-    if original is not None:
-        found.beside = _prefixed(records, "0/")
-        found.runtimes["beside"] = names[0]
-    for key in ("decode_tokens_per_second", "first_token_seconds", "energy_joules_per_token"):
-        if not result.values["generates"][-1]:
-            found.reasons[key] = "the model does not generate text"
-    found.reasons.setdefault("energy_joules_per_token", result.values["no_energy"])
-
-
-def _prompt(folder: Path, job: BenchmarkJob) -> Tensor:
-    """Real text when there is some, else tokens drawn by the seed; int64 [length]."""
-    import torch
-    from transformers import AutoConfig
-
-    # images have none
-    vocabulary = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "vocab_size", 1)
-    if job.windows is not None and job.mask is None:
-        flat = job.windows.flatten()
-        # Of a smaller vocabulary, both models are given ids that both have: speed does not ask what they mean.
-        return flat.repeat(-(-job.speed.prompt // len(flat)))[: job.speed.prompt].remainder(vocabulary)
-    return torch.randint(0, vocabulary, (job.speed.prompt,), generator=torch.Generator().manual_seed(job.seed))
-
-
-def _prefixed(records: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in records.items() if key.startswith(prefix)}
-
-
 def _files(found: Measurements, original_parameters: int) -> None:
     adapter = adapter_beside(found.folder)
     folders = [found.folder] if adapter is None else [found.folder, adapter]
     sizes = [file.stat().st_size for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     found.records |= {"file_bytes": sizes, "total_bytes": [sum(sizes)], "original_parameters": [original_parameters]}
-
-
-def _take(found: Measurements, result: JobResult, needs: tuple[str, ...]) -> None:
-    for need in needs:
-        found.runtimes[need] = result.values["runtime"]
-    found.notes += [note for note in result.values["notes"] if note not in found.notes]
 
 
 def _figures(found: Measurements, job: BenchmarkJob, *, is_original: bool) -> None:
@@ -280,39 +202,71 @@ def _figures(found: Measurements, job: BenchmarkJob, *, is_original: bool) -> No
         metric = METRICS.get(name)
         if is_original and metric.of_original is not None:
             found.figures[name] = _by_definition(metric, found)
-            continue
-        figure = figure_of(metric, name, found.records, found)
-        if figure is not None:
+        elif (figure := figure_of(metric, name, found.records, found)) is not None:
             found.figures[name] = figure
             for area, entry in figure.detail.get("areas", {}).items():
-                found.figures[f"{name}/{area}"] = _like(figure, entry)
+                detail = {"metrics": found.task_metrics[area]} if area in found.task_metrics else {}
+                found.figures[f"{name}/{area}"] = _like(figure, {**entry, "detail": detail})
             if "areas" in figure.detail:
                 found.figures[name] = figure.model_copy(update={"detail": {}})
-        if "speed" in metric.needs and found.beside:
-            beside = figure_of(metric, name, found.beside, found, runtime=found.runtimes.get("beside"))
+        for variant in _variants(name, found) if {"speed", "memory", "reference"} & metric.needs else ():
+            more = figure_of(metric, variant, found.records, found)
+            if more is not None:
+                found.figures[variant] = more
+            if "reference" in metric.needs:  # the original has no such figure
+                found.beside_figures[variant] = Figure(value=None, reason=FROM_ITSELF)
+        if "reference_text_nll" in found.records and name == "bits_per_byte":
+            before = {key: found.records[f"reference_{key}"] for key in ("text_nll", "text_bytes")}
+            beside = figure_of(metric, name, before, found)
+            assert beside is not None
+            found.beside_figures[name] = beside
+        recorded = [key for key in found.beside if key.partition("/")[0] == name]
+        for variant in dict.fromkeys([name, *recorded]) if "speed" in metric.needs and found.beside else ():
+            beside = figure_of(metric, variant, found.beside, found, of="beside")
             if beside is not None:
-                found.beside_figures[name] = beside
+                found.beside_figures[variant] = beside
+
+
+def _variants(name: str, found: Measurements) -> list[str]:
+    """The same metric in other settings and runtimes, as `decode_tokens_per_second/batch 4`, by what was recorded."""
+    keys = {"kl_divergence": "kl", "top1_agreement": "top1", "kv_cache_bytes_per_token": "cache_bytes"}
+    key = keys.get(name, name)
+    recorded = [f"{name}/{at}" for each in found.records for base, _, at in [each.partition("/")] if at and base == key]
+    return list(dict.fromkeys([*recorded, *(each for each in found.reasons if each.startswith(f"{name}/"))]))
 
 
 def figure_of(
-    metric: Any, name: str, records: Mapping[str, Any], found: Measurements, *, runtime: str | None = None
+    metric: Any, name: str, records: Mapping[str, Any], found: Measurements, *, of: str = ""
 ) -> Figure | None:
-    """One metric computed from records. None for a speed that was not to be measured by now."""
+    """One metric computed from records: `name` is the metric's, or `<metric>/<setting or runtime>`. None for a speed
+    that was not to be measured by now. `of`: whose records they are ("beside": the original's)."""
+    base, _, variant = name.partition("/")
+    suffix = f"/{variant}" if variant else ""
     needs = sorted(metric.needs)
-    missing = [key for key in (metric.predictions, metric.references) if key is not None and key not in records]
+    wanted = [f"{key}{suffix}" for key in (metric.predictions, metric.references) if key is not None]
+    missing = [key for key in wanted if key not in records]
     if missing:
-        reason = next((found.reasons[key] for key in (name, *needs) if key in found.reasons), None)
+        reason = next((found.reasons[key] for key in (name, base, *needs) if key in found.reasons), None)
         if "speed" in metric.needs and "speed" not in found.runtimes:
             return None
         return Figure(value=None, reason=reason or f"nothing was recorded for it ({', '.join(missing)})")
-    arguments = {"predictions": list(records[metric.predictions])}
-    if metric.references is not None:
-        arguments["references"] = list(records[metric.references])
-    computed = metric().compute(**arguments)
-    if name == "peak_memory_bytes":
-        computed["detail"] = {"above_import_bytes": found.records["above_import_bytes"][0]}
-    runtime = runtime or next((found.runtimes[need] for need in needs if need in found.runtimes), None)
-    return Figure(unit=metric.unit, higher_is_better=metric.higher_is_better, runtime=runtime, **computed)
+    given = dict(zip(("predictions", "references"), (list(records[key]) for key in wanted), strict=False))
+    computed = metric().compute(**given)
+    runtime = variant.partition(", ")[0] if variant.partition(", ")[0] in found.costs else ""
+    unit, detail = metric.unit, dict(computed.pop("detail", {}))
+    if base == "peak_memory_bytes":
+        detail["above_import_bytes"] = found.records[f"above_import_bytes{suffix}"][0]
+    if "speed" in metric.needs:
+        cell = variant.removeprefix(runtime).removeprefix(", ")
+        detail |= speed_detail(found.costs[of or runtime], f"{base}/{cell}", computed["value"])
+        if base == "energy_joules_per_token":
+            detail |= found.costs["energy"]
+            unit = f"{unit}, estimated" if detail.get("estimated") else unit
+    named = found.runtimes.get(of) or (found.costs[runtime]["runtime"] if runtime else None)
+    named = named or next((found.runtimes[key] for key in (f"memory{suffix}", *needs) if key in found.runtimes), None)
+    return Figure(
+        unit=unit, higher_is_better=metric.higher_is_better, runtime=named, detail=detail, **computed
+    )  # fmt: skip
 
 
 def _by_definition(metric: Any, found: Measurements) -> Figure:

@@ -60,6 +60,15 @@ def score_items(
     return [int(is_right(item, answers[span])) for item, span in zip(items, spans, strict=True)]
 
 
+def shown(item: Item) -> tuple[str, str]:
+    """What is asked and what the right answer is, for people."""
+    if "choices" in item:
+        return str(item["question"]), str(item["choices"][int(item["label"])])
+    if "good" in item:
+        return f"{item['good']} / {item['bad']}", str(item["good"])
+    return str(item["prompt"]), str(item["completion"])
+
+
 def texts(item: Item) -> list[tuple[str, str]]:
     """The (context, continuation) pairs whose likelihoods decide the item."""
     if "choices" in item:

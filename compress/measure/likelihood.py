@@ -6,7 +6,7 @@ all tokens by the whole vocabulary is ever held, only one batch's logits of each
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,15 @@ CHUNK_BUDGET = 2**23
 
 @dataclass
 class WindowScores:
-    """Per window, float64 [n]: summed nll in nats, scored tokens; with a reference: summed KL and agreements."""
+    """Per window, float64 [n]: summed nll in nats, scored tokens; with a reference: summed KL and agreements, and
+    `token_kl`, float32: the KL divergence of each scored token, one window after the other."""
 
     nll: Tensor
     tokens: Tensor
     kl: Tensor | None = None
     top1: Tensor | None = None
     reference_nll: Tensor | None = None
+    token_kl: Tensor | None = None
 
 
 def batches(n: int, length: int, vocabulary: int) -> Iterator[slice]:
@@ -42,12 +44,14 @@ def batches(n: int, length: int, vocabulary: int) -> Iterator[slice]:
 
 
 def window_scores(
-    model: torch.nn.Module, windows: Tensor, *, reference: torch.nn.Module | None = None, mask: Tensor | None = None
-) -> WindowScores:
+    model: torch.nn.Module, windows: Tensor, *, reference: torch.nn.Module | None = None, mask: Tensor | None = None,
+    told: Callable[[int], None] | None = None,
+) -> WindowScores:  # fmt: skip
     """Scores every token of each window but the first, given those before it.
 
     `windows`: int64 [n, length]; `mask`: bool [n, length], False where a window is padded on its right. With
     `reference`, KL(reference || model) in nats and top-1 agreement are taken at the same positions.
+    `told` is given how many windows are done.
     """
     n, length = windows.shape
     if length < 2:
@@ -58,6 +62,7 @@ def window_scores(
     keep = torch.ones(n, length, dtype=torch.bool) if mask is None else mask.bool()
     sums = {key: torch.zeros(n, dtype=torch.float64) for key in ("nll", "kl", "top1", "reference_nll")}
     device = next(model.parameters()).device
+    token_kl: list[Tensor] = []
     for part in batches(n, length, vocabulary):
         ids, scored = windows[part].to(device), keep[part, 1:].to(device)
         attention = None if mask is None else keep[part].to(device)
@@ -65,10 +70,14 @@ def window_scores(
             found = _lock_step(model, reference, ids, attention)
         for key, values in found.items():
             sums[key][part] = torch.where(scored, values, 0.0).sum(1, dtype=torch.float64).cpu()
+        if "kl" in found:
+            token_kl.append(found["kl"][scored].cpu())
+        if told is not None:
+            told(part.stop)
     tokens = keep[:, 1:].sum(1).double()
     if reference is None:
         return WindowScores(sums["nll"], tokens)
-    return WindowScores(tokens=tokens, **sums)
+    return WindowScores(tokens=tokens, token_kl=torch.cat(token_kl), **sums)
 
 
 def _lock_step(

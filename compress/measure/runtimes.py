@@ -1,19 +1,26 @@
-"""What an exported folder runs in. A Runtime loads a folder and gives a model that generates.
+"""What an exported folder runs in. A Runtime opens a folder and gives an Engine, which the benchmark times.
 
-Another runtime is a subclass, registered under the entry point group `compress.runtimes`.
+Another runtime is a subclass, registered under the entry point group `compress.runtimes`: docs/adding-a-runtime.md.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import CompressError
+from compress.measure.engine import Engine
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Token ids -> float32 `[ids, vocabulary]`.
+Logits = Callable[[Sequence[int]], "np.ndarray"]
 
 
 @dataclass(frozen=True)
@@ -26,17 +33,30 @@ class Loaded:
 
 
 class Runtime(ABC):
-    """Something that loads a model's folder and generates text from it."""
+    """Something that opens a model's folder and generates tokens from it. Made without arguments; its module may be
+    imported where what it needs is not installed."""
 
     name: ClassVar[str]
+    #: Names of the export formats it opens (`DIR/exports/<format>`), the preferred one first; empty: the model itself.
+    exports: ClassVar[tuple[str, ...]] = ()
+
+    def missing(self) -> str | None:
+        """Why this runtime cannot run here, in one sentence that names the extra to install; None where it can."""
+        return None
 
     @abstractmethod
     def can_load(self, folder: Path) -> bool:
         """Whether the folder looks like one of this runtime's, from its files' names alone."""
 
     @abstractmethod
-    def load(self, folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Loaded:
-        """A model in evaluation mode with `.generate`, on the device."""
+    def open(self, folder: Path, *, threads: int, device: str) -> Engine:
+        """The folder, ready to run on `device` ("cpu" or "cuda") with so many threads. CompressError, in one sentence,
+        where it cannot be opened."""
+
+    def exact(self, folder: Path, *, threads: int) -> Logits | None:
+        """As `Engine.logits` of the folder, in arithmetic that rounds nothing but the weights; None where there is no
+        other arithmetic than the engine's own. It shows that a difference is the arithmetic's, not the file's."""
+        return None
 
 
 class Transformers(Runtime):
@@ -47,7 +67,17 @@ class Transformers(Runtime):
     def can_load(self, folder: Path) -> bool:
         return (folder / "config.json").is_file()
 
+    def open(self, folder: Path, *, threads: int, device: str, dtype: str = "auto") -> Engine:
+        import torch
+
+        from compress.measure.transformers_engine import TransformersEngine
+
+        torch.set_num_threads(threads)
+        loaded = self.load(folder, dtype=dtype, device=device)
+        return TransformersEngine(loaded.model, loaded.runtime, loaded.note)
+
     def load(self, folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Loaded:
+        """A model in evaluation mode with `.generate`, on the device."""
         if not is_compressed(folder):
             return Loaded(load_plain(folder, dtype=dtype, device=device), self.name)
         from compress.loading import load

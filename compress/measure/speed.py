@@ -1,149 +1,165 @@
-"""How fast models run: prefill, decode and the wait for the first token, at batch 1.
+"""How fast models run: prefill, decode and the wait for the first token, at batch 1 and, where asked for, more.
 
-Models are timed in turn (A B A B), so that a machine that slows down or speeds up meanwhile does so for all of them.
+Engines are timed in turn (A B A B), so that a machine that slows down or speeds up meanwhile does so for all of them.
 """
 
 from __future__ import annotations
 
 import gc
-import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
-from compress.images import patches_of, reads_images
-from compress.inputs import forward_inputs
-from compress.locating import context_length
-from compress.measure.measurements import SpeedSettings
-
-POWERCAP = Path("/sys/class/powercap")
+from compress.measure.energy import Meter
+from compress.measure.engine import Engine
+from compress.measure.measurements import Cell, SpeedSettings
 
 PREFILL, DECODE = "prefill_tokens_per_second", "decode_tokens_per_second"
 FIRST, ENERGY = "first_token_seconds", "energy_joules_per_token"
+METRICS = (PREFILL, DECODE, FIRST, ENERGY)
+
+#: Told how far the timing is: rounds done, rounds in all, and the latest figures in words.
+Tell = Callable[[int, int, str], None]
 
 
-class TokenClock(BaseStreamer):  # type: ignore[misc]
-    """Notes when `generate` hands over each token (it moves them to the CPU first, which waits for the device)."""
+@dataclass
+class Timings:
+    """One engine's figures: `rounds` by metric, in the order of the rounds; `reasons` why settings were left out."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
+    def leave_out(self, cell: Cell, reason: str) -> None:
+        for base in METRICS:
+            self.rounds.pop(cell.metric(base), None)
+            self.reasons[cell.metric(base)] = reason
 
-    def end(self) -> None:
-        """Nothing is left to write out."""
+    def add(self, cell: Cell, measured: dict[str, float]) -> None:
+        for base, value in measured.items():
+            self.rounds.setdefault(cell.metric(base), []).append(value)
 
 
-def time_models(models: Sequence[Any], prompt: Tensor, settings: SpeedSettings) -> list[dict[str, list[float]]]:
-    """Per model the figures of each round, in the order of the rounds.
+@dataclass(frozen=True)
+class Stopwatch:
+    """What a round is measured with; tests put others in their place."""
 
-    `prompt`: int64 [length], at least `settings.prompt` tokens. Settings are cut to the smallest context among them.
+    clock: Callable[[], float] = time.perf_counter
+    meter: Meter | None = None
+    #: Bytes that a batch's cache may take.
+    free: Callable[[], int] = lambda: int(psutil.virtual_memory().available)
+
+
+def time_engines(
+    engines: Sequence[Engine], prompt: Sequence[int], settings: SpeedSettings, watch: Stopwatch | None = None,
+    tell: Tell | None = None,
+) -> list[Timings]:  # fmt: skip
+    """Per engine the figures of each round, setting by setting.
+
+    `prompt`: at least `settings.longest_prompt` ids that every engine knows. Settings are cut to the smallest context
+    among them. A setting beyond the plain one that an engine cannot take is left out there, with the reason.
     """
-    contexts = [c for c in (context_length(model.config) for model in models) if c is not None]
-    settings = settings.fitted(min(contexts, default=None))
-    found: list[dict[str, list[float]]] = [{PREFILL: [], DECODE: [], FIRST: [], ENERGY: []} for _ in models]
-    short = replace(settings, new_tokens=min(4, settings.new_tokens))
-    for turn in range(settings.warmup + settings.rounds):
-        warm = turn >= settings.warmup
-        for model, figures in zip(models, found, strict=True):
-            gc.collect()
-            with torch.inference_mode():
-                measured = _round(model, prompt, settings if warm else short)
-            for key, value in measured.items():
-                if warm:
-                    figures[key].append(value)
+    watch = watch or Stopwatch()
+    settings = settings.fitted(min((e.context for e in engines if e.context is not None), default=None))
+    found = [Timings() for _ in engines]
+    cells = settings.cells()
+    turns = settings.warmup + settings.rounds
+    for index, cell in enumerate(cells):
+        for engine, timings in zip(engines, found, strict=True):
+            reason = _why_not(engine, cell, prompt, settings, watch) if cell.name else None
+            if reason is not None:
+                timings.leave_out(cell, reason)
+        for turn in range(turns):
+            for engine, timings in zip(engines, found, strict=True):
+                if cell.metric(PREFILL) not in timings.reasons:
+                    _take_round(engine, timings, cell, prompt, settings, watch, warm=turn >= settings.warmup)
+            if tell is not None:
+                tell(index * turns + turn + 1, len(cells) * turns, cell.name)
     return found
 
 
-def _round(model: Any, prompt: Tensor, settings: SpeedSettings) -> dict[str, float]:
-    device = next(model.parameters()).device
-    long = prompt[None, : settings.prompt].to(device)
-    short = prompt[None, : settings.decode_prompt].to(device)
-    given = forward_inputs(model, long)
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    if not model.can_generate():
-        return {PREFILL: _tokens(model, long) / _seconds(lambda: model(**given), device)}
-    seconds = _seconds(lambda: model(**given, use_cache=True, **keep), device)
-    first = _seconds(lambda: generate(model, long, 1), device)
-    clock, joules = TokenClock(), EnergyCounter.find()
-    before = joules.read() if joules else []
-    generate(model, short, settings.new_tokens, clock)
-    # The clock's first tick is the prompt itself, the second the first new token.
-    spent = clock.times[-1] - clock.times[1]
-    found = {PREFILL: long.shape[1] / seconds, FIRST: first, DECODE: (len(clock.times) - 2) / spent}
-    if joules:
-        found[ENERGY] = joules.since(before) / settings.new_tokens
+def _take_round(
+    engine: Engine, timings: Timings, cell: Cell, prompt: Sequence[int], settings: SpeedSettings, watch: Stopwatch,
+    *, warm: bool,
+) -> None:  # fmt: skip
+    """One round of one engine, kept if it is `warm`. Beyond the plain setting, memory that does not suffice is a
+    reason to leave it out."""
+    gc.collect()
+    try:
+        measured = _round(engine, cell, prompt, settings, settings.new_tokens if warm else 4, watch)
+    except (MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not (cell.name and short):
+            raise
+        timings.leave_out(cell, "the memory does not suffice")
+        return
+    if warm:
+        timings.add(cell, measured)
+
+
+def _round(
+    engine: Engine, cell: Cell, prompt: Sequence[int], settings: SpeedSettings, new_tokens: int, watch: Stopwatch
+) -> dict[str, float]:
+    """The figures of one round. Engines have done their work when they return, so the clock may stand around them."""
+    length = cell.prompt or settings.prompt
+    start = watch.clock()
+    engine.prefill(rows(prompt, cell.batch, length))
+    found = {PREFILL: cell.batch * engine.tokens_read(length) / (watch.clock() - start)}
+    if not engine.generates:
+        return found
+    engine.step()
+    found[FIRST] = watch.clock() - start
+    if cell.prompt is None:
+        engine.prefill(rows(prompt, cell.batch, settings.decode_prompt))
+        engine.step()
+    steps = max(1, min(new_tokens, settings.new_tokens) - 1)
+    others = engine.processes()
+    before = watch.meter.read(others) if watch.meter else []
+    start = watch.clock()
+    for _ in range(steps):
+        engine.step()
+    found[DECODE] = cell.batch * steps / (watch.clock() - start)
+    if watch.meter:
+        found[ENERGY] = watch.meter.since(before, others) / (cell.batch * steps)
     return found
 
 
-def _tokens(model: Any, prompt: Tensor) -> int:
-    """What a forward reads: the prompt, or the patches of one image."""
-    return patches_of(model.config) if reads_images(model.config) else prompt.shape[1]
+def rows(prompt: Sequence[int], batch: int, length: int) -> list[list[int]]:
+    """`batch` prompts of `length` tokens: the same text from another place each, so that no two rows are alike."""
+    text = list(prompt)
+    turned = (text[shift:] + text[:shift] for shift in (7 * row % max(1, len(text)) for row in range(batch)))
+    return [row[:length] for row in turned]
 
 
-def generate(
-    model: Any, ids: Tensor, new_tokens: int, clock: TokenClock | None = None, *, fixed: bool = True
-) -> Tensor:
+def _why_not(
+    engine: Engine, cell: Cell, prompt: Sequence[int], settings: SpeedSettings, watch: Stopwatch
+) -> str | None:
+    """Why an engine is not timed in a setting, or None. Half of the free memory is left to all but the cache."""
+    length = cell.prompt or settings.prompt
+    tokens = length + (settings.new_tokens if engine.generates and cell.prompt is not None else 1)
+    if engine.context is not None and tokens > engine.context:
+        return f"a prompt of {length} tokens and what follows do not fit in the context of {engine.context}"
+    if cell.batch > engine.largest_batch:
+        return f"{engine.runtime or 'this runtime'} takes a batch of {engine.largest_batch} at most"
+    if not engine.generates:
+        return None
+    engine.prefill(rows(prompt, 1, settings.decode_prompt))
+    held = engine.cache_bytes()
+    needed = 0 if held is None else cell.batch * tokens * held // settings.decode_prompt
+    free = watch.free()
+    if needed > free // 2:
+        return f"the cache would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
+    return None
+
+
+def generate(model: Any, ids: Tensor, new_tokens: int, *, fixed: bool = True) -> Tensor:
     """Greedy continuation of ids [1, length]; `fixed`: of exactly `new_tokens`, whatever the model writes."""
     generated: Tensor = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens if fixed else None, do_sample=False, num_beams=1, use_cache=True, streamer=clock,
-        pad_token_id=0,
+        min_new_tokens=new_tokens if fixed else None, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0,
     )  # fmt: skip
     return generated
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock time of the work, the device's queue empty before and after."""
-    _wait(device)
-    start = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class EnergyCounter:
-    """The processor packages' own energy counters (RAPL), in joules; they wrap around at `ranges`."""
-
-    def __init__(self, files: Sequence[Path]):
-        self.files = list(files)
-        self.ranges = [int((f.parent / "max_energy_range_uj").read_text()) / 1e6 for f in self.files]
-
-    @classmethod
-    def find(cls, root: Path = POWERCAP) -> EnergyCounter | None:
-        """The counters of this machine, or None when there are none that this user may read."""
-        files = [f for f in sorted(root.glob("intel-rapl:[0-9]*/energy_uj")) if f.parent.name.count(":") == 1]
-        try:
-            counter = cls(files)
-            counter.read()
-        except (OSError, ValueError):
-            return None
-        return counter if files else None
-
-    def read(self) -> list[float]:
-        """Joules of each package since some moment in the past."""
-        return [int(f.read_text()) / 1e6 for f in self.files]
-
-    def since(self, before: Sequence[float]) -> float:
-        """Joules of all packages since an earlier `read()`."""
-        spent = (now - then for now, then in zip(self.read(), before, strict=True))
-        return sum(j if j >= 0 else j + wrap for j, wrap in zip(spent, self.ranges, strict=True))
-
-
-def why_no_energy(device: str) -> str:
-    """The reason given where no energy figure is."""
-    if device != "cpu":
-        return "the energy of a graphics processor is not measured yet"
-    return f"this machine has no energy counter that may be read (under {POWERCAP})"

@@ -92,6 +92,7 @@ def paired_scores(
     device = next(model.parameters()).device
     width = max(pairing.windows.shape[1], length)
     vocabulary = vocabulary_of(model) if reference is None else vocabulary_of(reference)
+    token_kl: list[Tensor] = []
     for part in batches(n, width, vocabulary):
         ids, token_of = pairing.windows[part].to(device), pairing.token_of[part].to(device)
         whole = None if mask is None else mask[part].to(device)
@@ -104,13 +105,15 @@ def paired_scores(
                 found |= _compared(logits, other, windows[part].to(device), token_of, pairing.shared.to(device))
         for key, values in found.items():
             sums[key][part] = values.sum(1, dtype=torch.float64).cpu()
+        if "kl" in found:
+            token_kl.append(found["kl"][scored_tokens(token_of, length)[:, 1:]].cpu())
     if reference is None:
         return WindowScores(sums["nll"], sums["tokens"]), sums["mass"]
     mass = sums.pop("mass")
-    return WindowScores(**sums), mass
+    return WindowScores(**sums, token_kl=torch.cat(token_kl)), mass
 
 
-def _counted(token_of: Tensor, length: int) -> Tensor:
+def scored_tokens(token_of: Tensor, length: int) -> Tensor:
     """Which of the original's tokens are scored, bool [batch, length]: those that have pieces, and some text before."""
     found = torch.zeros(len(token_of), length + 1, dtype=torch.bool, device=token_of.device)
     present = found.scatter(1, token_of.where(token_of >= 0, length), True)[:, :length]
@@ -127,7 +130,7 @@ def _scored(logits: Tensor, ids: Tensor, token_of: Tensor, length: int) -> dict[
         here = slice(start, min(start + step, logits.shape[1] - 1))
         target = ids[:, 1:][:, here, None]
         parts.append(-F.log_softmax(logits[:, here].float(), -1).gather(-1, target).squeeze(-1))
-    counted = _counted(token_of, length)
+    counted = scored_tokens(token_of, length)
     scored = (token_of >= 0) & counted.gather(1, token_of.clamp_min(0))
     return {"nll": torch.where(scored[:, 1:], torch.cat(parts, 1), 0.0), "tokens": counted[:, 1:]}
 
@@ -138,7 +141,7 @@ def _compared(logits: Tensor, other: Tensor, windows: Tensor, token_of: Tensor, 
     place = torch.arange(token_of.shape[1], device=token_of.device).expand_as(token_of)
     last = torch.zeros(len(token_of), length + 1, dtype=torch.int64, device=token_of.device)
     last = last.scatter_reduce(1, token_of.where(token_of >= 0, length), place, "amax")[:, :length].cummax(1).values
-    counted = _counted(token_of, length)[:, 1:]
+    counted = scored_tokens(token_of, length)[:, 1:]
     step = max(1, CHUNK_BUDGET // (other.shape[0] * other.shape[-1]))
     parts: dict[str, list[Tensor]] = {"kl": [], "top1": [], "reference_nll": [], "mass": []}
     for start in range(0, length - 1, step):

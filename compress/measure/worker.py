@@ -1,17 +1,19 @@
-"""One measurement in a fresh process: `python -m compress.measure.worker JOB.json`.
+"""One measurement in a fresh process: `python -m compress.measure.worker JOB.json`, or forked by the fork server.
 
-JOB.json names the kind of measurement (`quality`, `speed` or `memory`), the model's folder, and `out`, the folder to
-write `result.json` and `records.safetensors` to. What goes wrong comes back as one sentence in `result.json`.
+JOB.json names the kind of measurement (see `KINDS`), the model's folder, and `out`, the folder to write `result.json`
+and `records.safetensors` to. What goes wrong comes back as one sentence in `result.json`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.measure.engine import Engine
 
 Job = dict[str, Any]
 Result = tuple[dict[str, Any], dict[str, Any]]
@@ -45,148 +47,168 @@ def _fail(out: Path, message: str) -> int:
     return 1
 
 
+def tell(job: Job, done: int, total: int, detail: str = "") -> None:
+    """Writes down how far the job is, for whoever waits for it."""
+    if job.get("progress"):
+        with Path(job["progress"]).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps([done, total, detail]) + "\n")
+
+
 def quality(job: Job) -> Result:
-    """Scores windows and items of one model, beside `reference` (read in lock step) where KL is wanted."""
+    """What one model answers: see `compress.measure.scoring`."""
     _settle(job)
-    from safetensors.torch import load_file
+    from compress.measure.scoring import measure_quality
 
-    from compress.allocator import settle_allocator
-    from compress.measure.likelihood import window_scores
-    from compress.measure.runtimes import load_plain
-    from compress.measure.vocabularies import Pairing, paired_scores
-
-    settle_allocator()
-    folder = Path(job["model"])
-    model, runtime, notes = _load_for_quality(job, folder)
-    values: dict[str, Any] = {"runtime": runtime, "notes": notes, "parameters": count_parameters(model)}
-    records: dict[str, Any] = {}
-    if job.get("inputs"):
-        inputs = load_file(job["inputs"])
-        reference = None
-        if job.get("reference"):
-            reference = load_plain(Path(job["reference"]), dtype=job["reference_dtype"], device=job["device"])
-        if "token_of" in inputs:
-            pairing = Pairing(inputs["new_windows"], inputs["token_of"], inputs["shared"], 0)
-            scores, mass = paired_scores(
-                model, inputs["windows"], pairing, reference=reference, mask=inputs.get("mask")
-            )
-            records = {"mass": mass} if reference is not None else {}
-        else:
-            scores = window_scores(model, inputs["windows"], reference=reference, mask=inputs.get("mask"))
-        records |= {key: value for key, value in vars(scores).items() if value is not None}
-        del reference
-    if job.get("items") or job.get("prompts"):
-        values |= _answers(job, folder, model)
-    return values, records
-
-
-def _answers(job: Job, folder: Path, model: Any) -> dict[str, Any]:
-    from compress.locating import context_length
-    from compress.measure.items import score_items
-    from compress.measure.runtimes import load_tokenizer
-    from compress.measure.speed import generate
-
-    tokenizer = load_tokenizer(folder)
-    context = context_length(model.config)
-    correct = {area: score_items(model, tokenizer, items, context=context) for area, items in job["items"].items()}
-    texts = []
-    for prompt in job["prompts"]:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(job["device"])
-        written = generate(model, ids, job["prompt_tokens"], fixed=False)[0, ids.shape[1] :]
-        texts.append(tokenizer.decode(written, skip_special_tokens=True))
-    return {"correct": correct, "generations": texts}
-
-
-def _load_for_quality(job: Job, folder: Path) -> tuple[Any, str, list[str]]:
-    """Plain transformers wherever it can; else the packed runtime, with a note. The cache is packed if the folder's
-    history says so, with a note."""
-    from compress.loading import recorded_cache
-    from compress.measure.runtimes import Transformers, is_compressed, load_plain
-    from compress.nn.quant_cache import use_packed_cache
-
-    spec = recorded_cache(folder)
-    words = f"Quality was measured with keys and values read back from a cache of {spec.bits} bits." if spec else ""
-    notes = [words] if spec else []
-    try:
-        model = load_plain(folder, dtype=job["dtype"], device=job["device"])
-        use_packed_cache(model, spec)
-        return model, "transformers", notes
-    except CompressError as error:
-        if not is_compressed(folder):
-            raise
-        loaded = Transformers().load(folder, dtype=job["dtype"], device=job["device"])
-        return loaded.model, loaded.runtime, [f"Quality was measured through {loaded.runtime}: {error}", *notes]
+    return measure_quality(job)
 
 
 def speed(job: Job) -> Result:
-    """Times the models named in `models` in turn, in this one process."""
+    """Times the engines named in `engines` in turn, in this one process."""
     _settle(job)
     import torch
     from safetensors.torch import load_file
 
+    from compress.measure.energy import find_meter, why_no_energy
     from compress.measure.measurements import SpeedSettings
-    from compress.measure.runtimes import Transformers
-    from compress.measure.speed import time_models, why_no_energy
+    from compress.measure.speed import Stopwatch, time_engines
 
+    opened, values = [], []
+    for asked in job["engines"]:
+        try:
+            opened.append(_open(asked, job))
+            values.append(_told(opened[-1], asked))
+        except CompressError as error:
+            if asked["runtime"] == "transformers":
+                raise
+            values.append({"failed": str(error)})
+    meter = find_meter(job["device"], job.get("watts"))
+    prompt = load_file(job["inputs"])["prompt"].tolist()
     settings = SpeedSettings(**job["speed"])
-    runtime = Transformers()
-    loaded = [
-        runtime.load(Path(folder), dtype=dtype, device=job["device"])
-        for folder, dtype in zip(job["models"], job["dtypes"], strict=True)
-    ]
-    prompt = load_file(job["inputs"])["prompt"]
-    figures = time_models([each.model for each in loaded], prompt, settings)
-    records = {
-        f"{i}/{key}": torch.tensor(rounds, dtype=torch.float64)
-        for i, by_key in enumerate(figures)
-        for key, rounds in by_key.items()
-        if rounds
-    }
+    timings = time_engines(
+        opened, prompt, settings, Stopwatch(meter=meter, free=partial(_free, job["device"])), partial(tell, job)
+    )
+    records: dict[str, Any] = {}
+    each = iter(zip(opened, timings, strict=True))
+    for index, value in enumerate(values):
+        if "failed" not in value:
+            engine, timed = next(each)
+            value["reasons"] = timed.reasons
+            records |= {f"{index}/{key}": torch.tensor(r, dtype=torch.float64) for key, r in timed.rounds.items()}
+            engine.close()
+    energy = why_no_energy(job["device"]) if meter is None else None
+    return {"engines": values, "no_energy": energy, "energy": meter.detail if meter else {}}, records
+
+
+def _open(asked: dict[str, Any], job: Job) -> Engine:
+    """An engine; `asked` names its runtime, the folder, and for transformers the dtype."""
+    from compress.registry import RUNTIMES
+
+    runtime = RUNTIMES.get(asked["runtime"])()
+    dtype = {"dtype": asked["dtype"]} if asked["runtime"] == "transformers" else {}
+    engine: Engine = runtime.open(Path(asked["folder"]), threads=job["threads"], device=job["device"], **dtype)
+    return engine
+
+
+def _told(engine: Engine, asked: dict[str, Any]) -> dict[str, Any]:
+    read = engine.read_bytes
+    if read is None:  # all that is in the artifact: an upper bound
+        folder = Path(asked["folder"])
+        files = [folder] if folder.is_file() else [file for file in folder.rglob("*") if file.is_file()]
+        read = sum(file.stat().st_size for file in files)
     return {
-        "runtimes": [each.runtime for each in loaded],
-        "notes": [each.note for each in loaded if each.note],
-        "generates": [bool(each.model.can_generate()) for each in loaded],
-        "no_energy": why_no_energy(job["device"]),
-    }, records
+        "runtime": engine.runtime or asked["runtime"], "note": engine.note, "generates": engine.generates,
+        "read_bytes": read,
+    }  # fmt: skip
+
+
+def _free(device: str) -> int:
+    """Bytes of memory that may still be taken."""
+    import psutil
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available)
 
 
 def memory(job: Job) -> Result:
-    """Peak memory of loading one model and generating a few tokens."""
+    """Peak memory of opening one artifact and generating a few tokens; then what its cache takes for each token."""
     _settle(job)
     import torch
-    from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401  (for the baseline)
 
-    import compress.loading  # noqa: F401  (what it imports belongs to the baseline, too)
-    from compress.inputs import forward_inputs
+    from compress.measure import transformers_engine  # noqa: F401  (what it imports belongs to the baseline, too)
+    from compress.measure.fork_server import import_all
     from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
-    from compress.measure.runtimes import Transformers, is_causal, read_config
-    from compress.measure.speed import generate
+    from compress.measure.runtimes import is_causal, read_config
 
-    folder = Path(job["model"])
-    is_causal(read_config(folder))
+    import_all()
+    config = Path(job["model"])
+    if (config / "config.json").is_file():
+        is_causal(read_config(config))
     imported, baseline = peak_resident_bytes(), resident_bytes()
     forget_peak()
-    loaded = Transformers().load(folder, dtype=job["dtype"], device=job["device"])
-    ids = torch.arange(job["prompt_length"])[None] % 32
-    ids = ids.to(job["device"])
-    with torch.inference_mode():
-        if loaded.model.can_generate():
-            generate(loaded.model, ids, job["new_tokens"])
-        else:
-            loaded.model(**forward_inputs(loaded.model, ids))
+    engine = _open(job["engine"], job)
+    engine.prefill([[i % 32 for i in range(job["prompt_length"])]])
+    for _ in range(job["new_tokens"] if engine.generates else 0):
+        engine.step()
+    others = sum(peak_resident_bytes(pid) for pid in engine.processes())
     peak = peak_resident_bytes()
     values = {
-        "runtime": loaded.runtime,
-        "notes": [loaded.note] if loaded.note else [],
-        "peak_memory_bytes": max(peak, imported),
-        "above_import_bytes": max(0, peak - baseline),
+        "runtime": engine.runtime or job["engine"]["runtime"],
+        "notes": [engine.note] if engine.note else [],
+        "peak_memory_bytes": max(peak, imported) + others,
+        "above_import_bytes": max(0, peak - baseline) + others,
+        "read_bytes": engine.read_bytes,
     }
     if job["device"] == "cuda":
         values["peak_memory_bytes"] = int(torch.cuda.max_memory_allocated())
+    if engine.generates:
+        engine.prefill([[i % 32 for i in range(job["cache_length"])]])
+        values |= {"cache_bytes": engine.cache_bytes(), "cache_tokens": job["cache_length"]}
+    engine.close()
     return values, {}
 
 
-KINDS = {"quality": quality, "speed": speed, "memory": memory}
+def agreement(job: Job) -> Result:
+    """KL(transformers || another runtime) of one model on a few windows, in nats a window, and where both find the same
+    token the likeliest. float64 log-softmax over the tokens that both have; no records where the runtime tells no
+    logits."""
+    _settle(job)
+    import torch
+    from safetensors.torch import load_file
+
+    windows = load_file(job["inputs"])["windows"].tolist()
+    ours = _open({"runtime": "transformers", "folder": job["model"], "dtype": "auto"}, job)
+    expected = [ours.logits(window) for window in windows]
+    ours.close()
+    theirs = _open(job["engine"], job)
+    kl, same, counts = [], [], []
+    for done, (window, want) in enumerate(zip(windows, expected, strict=True)):
+        found = theirs.logits(window)
+        if found is None or want is None:
+            return {"reason": f"{job['engine']['runtime']} does not tell its logits"}, {}
+        size = min(found.shape[1], want.shape[1])
+        p, q = (torch.log_softmax(torch.from_numpy(x[:, :size]).double(), -1) for x in (want, found))
+        kl.append(float((p.exp() * (p - q)).sum()))
+        same.append(int((p.argmax(-1) == q.argmax(-1)).sum()))
+        counts.append(len(window))
+        tell(job, done + 1, len(windows))
+    theirs.close()
+    records = {"kl": torch.tensor(kl, dtype=torch.float64), "top1": torch.tensor(same), "tokens": torch.tensor(counts)}
+    return {"reason": None}, records
+
+
+def bandwidth(job: Job) -> Result:
+    """Bytes per second that this machine reads, a figure a round."""
+    _settle(job)
+    import torch
+
+    from compress.measure.bandwidth import read_bandwidth
+
+    return {}, {"bandwidth": torch.tensor(read_bandwidth(job["device"]), dtype=torch.float64)}
+
+
+KINDS = {
+    "quality": quality, "speed": speed, "memory": memory, "agreement": agreement, "bandwidth": bandwidth,
+}  # fmt: skip
 
 #: What packed layers hold beside the weights that they stand for.
 PACKED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")

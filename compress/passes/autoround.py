@@ -87,8 +87,8 @@ class AutoRound(RoundingPass):
 
     def _starting(self) -> GPTQ | RTN:
         options: dict[str, Any] = {
-            "bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric, "targets": self.targets,
-            "skip": self.skip,
+            "bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric, "grid": self.grid,
+            "targets": self.targets, "skip": self.skip,
         }  # fmt: skip
         start = GPTQ(**options) if self.start == "gptq" else RTN(**options)
         return start if self._allocation is None else start.allocated(self._allocation)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 
 from compress.budget import VARIANTS_AT_ONCE, BitBudget, choose_bits, costs_of, limits_of, measuring_bytes
 from compress.errors import StartError
-from compress.maths.grid import QuantSpec, spec_for
+from compress.maths.grid import NAMED_GRIDS, QuantSpec, named_spec, spec_for
 from compress.passes.base import BlockPass, Context, LayerShape, PassResult
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ class RoundingPass(BlockPass):
         default=True, description="Grid around zero (scale only); false adds a zero point to each group."
     )
 
+    grid: Literal["gguf-q4_0", "gguf-q4_1", "gguf-q8_0"] | None = Field(
+        default=None,
+        description="A grid of another program's blocks, so that `export: [gguf]` holds what is rounded here as it is. "
+        "It stands for bits, group_size (32) and symmetric: leave those out.",
+    )
+
     embeddings: Literal[8, 4] | None = Field(
         default=None,
         description="Bits of the input embedding; null leaves it as it is. It is rounded to nearest before the blocks, "
@@ -71,6 +77,15 @@ class RoundingPass(BlockPass):
     #: `block.layer` -> bits, in the copy of a pass with a budget that does the work.
     _allocation: dict[str, int] | None = PrivateAttr(default=None)
 
+    @model_validator(mode="after")
+    def _named_grid(self) -> Self:
+        for option, value in NAMED_GRIDS[self.grid].items() if self.grid is not None else ():
+            given = getattr(self, option)
+            if option in self.model_fields_set and given != value:
+                raise ValueError(f"grid {self.grid} is {option} {value}, and {option} is {given}: leave it out")
+            self.__dict__[option] = value  # the object is frozen once it is made; this is its making
+        return self
+
     @field_validator("group_size")
     @classmethod
     def _size(cls, value: int) -> int:
@@ -85,18 +100,18 @@ class RoundingPass(BlockPass):
 
     def spec_of(self, layer: LayerShape) -> QuantSpec:
         """The layer's grid. StartError if the group size does not divide its columns."""
-        spec = self.grid(layer.dtype, self._bits_of(f"{layer.block}.{layer.name}"))
+        spec = self.spec_at(layer.dtype, self._bits_of(f"{layer.block}.{layer.name}"))
         spec.columns_per_group(layer.inputs)
         return spec
 
     def grid_of(self, layer: Layer) -> QuantSpec:
         """The grid to round this layer to, in `compress_block`."""
         assert layer.block is not None
-        return self.grid(layer.dtype, self._bits_of(f"{layer.block.name}.{layer.name}"))
+        return self.spec_at(layer.dtype, self._bits_of(f"{layer.block.name}.{layer.name}"))
 
-    def grid(self, dtype: torch.dtype, bits: int) -> QuantSpec:
+    def spec_at(self, dtype: torch.dtype, bits: int) -> QuantSpec:
         """The grid of so many bits for layers of this dtype."""
-        return spec_for(dtype, bits, self.group_size, self.symmetric)
+        return spec_for(dtype, bits, self.group_size, self.symmetric, self.grid)
 
     def _bits_of(self, layer: str) -> int:
         if not isinstance(self.bits, BitBudget):
@@ -122,7 +137,7 @@ class RoundingPass(BlockPass):
 
         for block in model.block_list():  # a group that does not divide is refused before anything is counted
             for layer in block.layers(self.targets, self.skip).values():
-                self.grid(layer.dtype, self.bits.choices[0]).columns_per_group(layer.weight.shape[1])
+                self.spec_at(layer.dtype, self.bits.choices[0]).columns_per_group(layer.weight.shape[1])
         costs = costs_of(self, self.bits, model)
         kinds = layer_kinds(model.model)
         mixed = {
@@ -160,6 +175,11 @@ class RoundingPass(BlockPass):
 
     def _end(self, model: PreTrainedModel, name: str, bits: int) -> QuantSpec:
         weight = model.get_submodule(name).get_parameter("weight")
+        if self.grid is not None:
+            fits = NAMED_GRIDS[self.grid]["bits"] == bits
+            spec = named_spec(weight.dtype, self.grid if fits else f"gguf-q{bits}_0")
+            spec.columns_per_group(weight.shape[1])
+            return spec
         divides = self.group_size != -1 and weight.shape[1] % self.group_size == 0
         return spec_for(weight.dtype, bits, self.group_size if divides else -1, self.symmetric)
 

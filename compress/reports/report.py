@@ -60,7 +60,12 @@ class Figure(BaseModel):
 
 
 class Comparison(BaseModel):
-    """Compressed against original: `delta` = compressed - original with its 95 % interval, and what it means."""
+    """Compressed against original: `delta` = compressed - original with its 95 % interval, and what it means.
+
+    `p_value`: of McNemar's exact test, or of the permutation test that generalises it, where items were compared;
+    `p_adjusted`: adjusted by Holm's procedure where it is one of several tasks, and then what the verdict follows. Both
+    are left out of the file where they are None.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -70,6 +75,46 @@ class Comparison(BaseModel):
     ci_high: float | None = None
     verdict: Verdict = "not_tested"
     sentence: str = ""
+    p_value: float | None = None
+    p_adjusted: float | None = None
+
+    @model_serializer
+    def _serialize(self) -> dict[str, Any]:
+        keys = ("delta", "ratio", "ci_low", "ci_high", "verdict", "sentence")
+        tested = {key: getattr(self, key) for key in ("p_value", "p_adjusted") if getattr(self, key) is not None}
+        return {key: getattr(self, key) for key in keys} | tested
+
+
+class Flip(BaseModel):
+    """An item that one model has right and the other wrong. `text` may be cut."""
+
+    area: str
+    change: Literal["right_to_wrong", "wrong_to_right"]
+    text: str
+    answer: str = ""
+
+
+class Flips(BaseModel):
+    """How many items changed sides, in all and by area, and the texts of some of them. `areas`: area -> the counts
+    `right_to_wrong`, `wrong_to_right` and `items`."""
+
+    right_to_wrong: int
+    wrong_to_right: int
+    items: int
+    areas: dict[str, dict[str, int]] = Field(default_factory=dict)
+    examples: list[Flip] = Field(default_factory=list)
+
+
+class WorstText(BaseModel):
+    """A window of the evaluation text on which the models differ most: its mean KL divergence per token in nats, and
+    the token with the largest one, with the text before it. Texts may be cut."""
+
+    window: int
+    kl: float
+    text: str
+    token: str = ""
+    token_kl: float | None = None
+    before: str = ""
 
 
 class GoalResult(BaseModel):
@@ -113,12 +158,40 @@ class Verified(BaseModel):
     max_logit_difference: float | None = None
 
 
+class Export(BaseModel):
+    """A folder in `exports/`, loaded by its own engine in a fresh process, against the model in memory.
+
+    `bytes`: of all its files. `kl_divergence` (nats a token, in memory || export) and `mean_logprob_difference` (of the
+    text's next tokens, nats, without sign) are on the probe text; `allowed`: the most that the latter may be, and its
+    square the former.
+    `exact_difference`: the larger of the two where the engine rounds nothing but the weights, at most
+    `allowed_exactly`; null where it has no such arithmetic.
+    `same_tokens`: whether the engine cuts texts into the same ids; null where it has no tokenizer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format: str
+    path: str
+    bytes: int
+    by: str
+    reloaded: bool = False
+    allowed: float
+    kl_divergence: float | None = None
+    mean_logprob_difference: float | None = None
+    allowed_exactly: float = 1e-3
+    exact_difference: float | None = None
+    same_tokens: bool | None = None
+
+
 class Other(BaseModel):
     """A further model of `compress benchmark`, compared with the original."""
 
     model: str
     measurements: dict[str, Figure]
     comparison: dict[str, Comparison]
+    flips: Flips | None = None
+    worst: list[WorstText] = Field(default_factory=list)
 
 
 class Report(BaseModel):
@@ -137,7 +210,10 @@ class Report(BaseModel):
     comparison: dict[str, Comparison] = Field(default_factory=dict)
     goals: list[GoalResult] = Field(default_factory=list)
     verified: Verified | None = None
+    exports: list[Export] = Field(default_factory=list)
     others: list[Other] = Field(default_factory=list)
+    flips: Flips | None = None
+    worst: list[WorstText] = Field(default_factory=list)
     generations: list[dict[str, str]] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 
@@ -148,7 +224,7 @@ class Report(BaseModel):
     def to_json(self) -> str:
         """Strict JSON (no NaN, no Infinity), two spaces of indent, fields in the order of the contract."""
         data = self.model_dump(by_alias=True)
-        for key in ("others", "generations", "notes"):
+        for key in ("others", "flips", "worst", "generations", "notes"):
             if not data[key]:
                 del data[key]
         return json.dumps(finite(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"

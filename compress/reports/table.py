@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.reports import units
+from compress.reports.fidelity import markdown_fidelity
 from compress.reports.lessons import markdown_lessons
 from compress.reports.report import Comparison, Figure, Report
 
@@ -139,6 +140,7 @@ def markdown(report: Report) -> str:
     if report.stages:
         parts += ["## Passes", _markdown_stages(report)]
     parts += markdown_lessons(report)
+    parts += markdown_fidelity(report, _plain)
     for sample in report.generations:
         parts += [f"**{_plain(sample['prompt'])}**"]
         parts += [f"- original: {_plain(sample['original'])}\n- compressed: {_plain(sample['compressed'])}"]

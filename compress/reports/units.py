@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 #: Plain names of the metrics, in the order in which tables show them.
 NAMES = {
     "perplexity": "Perplexity",
+    "bits_per_byte": "Bits per byte of text",
     "accuracy": "Accuracy",
+    "f1": "F1, mean of the classes",
+    "matthews_correlation": "Matthews correlation",
+    "exact_match": "Exact answers",
+    "rouge_l": "ROUGE-L of answers",
     "kl_divergence": "KL divergence, nats per token",
+    "kl_divergence_p99": "KL divergence, 99th percentile of tokens",
     "top1_agreement": "Same most likely token",
     "weights_bytes": "Weights on disk",
     "bits_per_weight": "Bits per weight",
     "parameters": "Parameters",
     "peak_memory_bytes": "Peak memory",
+    "kv_cache_bytes_per_token": "KV cache per token",
     "prefill_tokens_per_second": "Prefill speed",
     "decode_tokens_per_second": "Decode speed",
     "first_token_seconds": "Time to first token",
@@ -27,12 +36,13 @@ def title(metric: str) -> str:
 
 
 def order(metrics: list[str]) -> list[str]:
-    """The metrics in the tables' order: known ones first, an area right after its metric."""
+    """The metrics in the order of tables: known ones first, areas right after their metric, `batch 4` before 16."""
     known = list(NAMES)
 
-    def key(metric: str) -> tuple[int, str, str]:
+    def key(metric: str) -> tuple[int, str, list[tuple[int, str]]]:
         base, _, area = metric.partition("/")
-        return (known.index(base) if base in known else len(known), base, area)
+        words = [(int(word), "") if word.isdigit() else (-1, word) for word in re.findall(r"[0-9]+|[^0-9]+", area)]
+        return (known.index(base) if base in known else len(known), base, words)
 
     return sorted(metrics, key=key)
 
@@ -72,7 +82,7 @@ def human(value: float | None, unit: str) -> str:
             return f"{number(value)} tok/s"
         case "weights":
             return scaled(value, "", ("", "k", "M", "G"))
-        case "" | "perplexity" | "nats/token":
+        case "" | "perplexity" | "nats/token" | "nats" | "bits/byte":
             return number(value)
         case _:
             return f"{number(value)} {unit}"

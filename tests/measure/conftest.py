@@ -76,3 +76,19 @@ def measured(pair, items, windows, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(
         job=job, workdir=workdir, original=original, compressed=compressed, comparison=compare(original, compressed)
     )
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    """Measurements are taken in this process: what they do is the same, and the import of torch is spared."""
+    import json
+
+    from compress.errors import CompressError
+    from compress.measure import worker
+
+    def run_child(command, *, out=None, **_):
+        if worker.main(command[-1]) != 0:
+            raise CompressError(json.loads((out / "result.json").read_text())["error"])
+
+    monkeypatch.setattr("compress.measure.jobs.run_child", run_child)
+    monkeypatch.setattr(worker, "die_with_parent", lambda: None)

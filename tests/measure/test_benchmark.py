@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.errors import CompressError, StartError
 from compress.locating import locate
-from compress.measure import benchmark, speed, worker
+from compress.measure import benchmark, worker
 from compress.measure.benchmark import BenchmarkJob, measure_original
 from compress.measure.comparison import compare, original_figures
 from compress.measure.jobs import run_child, run_job
@@ -37,7 +37,7 @@ def test_perplexity_and_kl_are_those_of_full_float64_tables(pair, measured):
 
 def test_every_metric_is_a_number_or_null_with_a_reason(measured):
     for found in (original_figures(measured.original, measured.compressed), measured.compressed.figures):
-        for name in benchmark.METRICS.names():
+        for name in measured.job.names():
             figure = found[name]
             if figure.value is None:
                 assert figure.reason, name
@@ -125,14 +125,15 @@ def test_asked_again_the_original_is_not_measured_again(pair, measured, monkeypa
 
 
 def test_nothing_but_kept_results_stays_behind(measured):
-    assert {path.name.split("-")[0] for path in measured.workdir.iterdir()} == {"quality", "memory"}
+    kinds = {"quality", "memory", "speed", "bandwidth"}
+    assert {path.name.split("-")[0] for path in measured.workdir.iterdir()} == kinds
 
 
 @pytest.fixture
 def in_process(monkeypatch):
     """The worker runs in this process: what it does is the same, and the import of torch is spared."""
 
-    def run_child(command, *, what, threads, out=None):
+    def run_child(command, *, out=None, **_):
         if worker.main(command[-1]) != 0:
             raise CompressError(json.loads((out / "result.json").read_text())["error"])
 
@@ -176,29 +177,6 @@ def test_speed_settings_fit_a_short_context():
     fitted = benchmark.BenchmarkJob().speed.fitted(16)
     assert fitted.decode_prompt + fitted.new_tokens <= 16
     assert fitted.prompt < 16
-
-
-def test_decoding_makes_all_new_tokens_though_the_model_would_stop(pair):
-    model = AutoModelForCausalLM.from_pretrained(pair[0]).eval()
-    model.generation_config.eos_token_id = list(range(90))
-    clock = speed.TokenClock()
-    speed.generate(model, torch.tensor([[1, 5, 6]]), 5, clock)
-    assert len(clock.times) == 1 + 5
-
-
-def test_the_energy_counter_adds_packages_and_survives_its_wrap(tmp_path):
-    for i, value in enumerate((9_000_000, 2_000_000)):
-        folder = tmp_path / f"intel-rapl:{i}"
-        folder.mkdir()
-        (folder / "energy_uj").write_text(str(value))
-        (folder / "max_energy_range_uj").write_text("10000000")
-    counter = speed.EnergyCounter.find(tmp_path)
-    before = counter.read()
-    assert before == pytest.approx([9.0, 2.0])
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("1000000")
-    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("2500000")
-    assert counter.since(before) == pytest.approx(2.5)
-    assert speed.EnergyCounter.find(tmp_path / "nowhere") is None
 
 
 @pytest.mark.usefixtures("in_process")

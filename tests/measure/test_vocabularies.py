@@ -77,9 +77,9 @@ def test_a_run_compares_the_models_on_the_same_text(folder, tmp_path):  # noqa: 
 
 
 def test_speed_is_taken_on_ids_that_both_models_have(tmp_path):
-    from compress.measure.benchmark import _prompt
     from compress.measure.measurements import BenchmarkJob
+    from compress.measure.running import prompt_tokens
     from compress.testing import save_tiny
 
     small = save_tiny(tmp_path / "model", vocab_size=80)
-    assert int(_prompt(small, BenchmarkJob(windows=tiny_tokens())).max()) < 80
+    assert int(prompt_tokens(small, BenchmarkJob(windows=tiny_tokens())).max()) < 80

@@ -44,3 +44,8 @@ def test_changes_are_points_for_fractions_and_percent_otherwise(delta, ratio, un
 def test_areas_stand_right_after_their_metric():
     names = ["weights_bytes", "accuracy/b", "own_metric", "perplexity", "accuracy", "accuracy/a"]
     assert units.order(names) == ["perplexity", "accuracy", "accuracy/a", "accuracy/b", "weights_bytes", "own_metric"]
+
+
+def test_settings_stand_in_the_order_of_their_numbers():
+    names = ["decode_tokens_per_second/batch 16", "decode_tokens_per_second/batch 4", "decode_tokens_per_second"]
+    assert units.order(names) == names[::-1]
