@@ -10,12 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import compress
+from compress.distillation import Distillation
 from compress.errors import StartError
+from compress.losses import Loss
 from compress.objectives import TextLoss
 from compress.passes.end_to_end import _Imitation
 from compress.pipeline import run
 from compress.sharding import _same_structure, _units, check_launch, shared_out
-from compress.testing import save_tiny, tiny_model
+from compress.teacher_cache import Kept
+from compress.testing import save_tiny, tiny_model, tiny_tokens
+from compress.workspace import Guest, Stage
 
 #: accelerate's config for FSDP, as in docs/several-processes.md.
 FSDP = """\
@@ -149,3 +154,31 @@ def test_zeros_held_by_hooks_cannot_be_shared_out():
     model.lm_head.weight.register_hook(lambda gradient: gradient)
     with pytest.raises(StartError, match="FSDP"):
         shared_out(TextLoss(model), torch.device("cpu"), "distill")
+
+
+def test_another_process_does_not_make_again_what_the_run_has_kept(tmp_path):
+    made = []
+    guest = Guest(tmp_path)
+    assert guest.once("control", lambda: made.append(1) or {"losses": [1]}) == {"losses": [1]}
+    assert not list(tmp_path.iterdir())
+    Stage(tmp_path).once("control", lambda: {"losses": [2]})
+    assert guest.once("control", lambda: made.append(1) or {}) == {"losses": [2]}
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(("losses", "unused"), [(["hidden"], True), (["hidden", "kl"], False), (["labels"], False)])
+def test_a_student_whose_head_no_loss_uses_says_so(losses, unused):
+    chosen = [Loss.model_validate(loss) for loss in losses]
+    objective = Distillation(
+        tiny_model("llama"), chosen, Kept(0, 96), None, [[] for _ in chosen], torch.nn.ModuleDict()
+    )
+    assert objective.may_leave_unused is unused
+
+
+def test_texts_that_the_student_writes_and_shares_do_not_go_together(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StartError, match="on_policy"):
+        compress.Distill(on_policy=0.5, tokens=512)(
+            tiny_model("llama", seed=1), training=tiny_tokens(8, 16), original=tiny_model("llama")
+        )
