@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.py constraints.txt compress/nn/cpu.cpp
+$(VENV)/installed: pyproject.toml setup.py constraints.txt compress/nn/cpu.cpp $(wildcard compress/nn/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@

@@ -1,6 +1,7 @@
 """The CPU kernel is compiled where there is a compiler; a machine without one goes without it."""
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -10,7 +11,12 @@ links = ["-fopenmp"] if sys.platform.startswith("linux") else []
 setup(
     ext_modules=[
         Extension(
-            "compress.nn._cpu", ["compress/nn/cpu.cpp"], extra_compile_args=flags, extra_link_args=links, optional=True
+            "compress.nn._cpu",
+            ["compress/nn/cpu.cpp"],
+            depends=sorted(str(header) for header in Path("compress/nn").glob("*.h")),
+            extra_compile_args=flags,
+            extra_link_args=links,
+            optional=True,
         )
     ]
 )

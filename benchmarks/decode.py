@@ -1,14 +1,17 @@
 """Decode and prefill of packed weights in transformers, interleaved with bfloat16 and with other packed formats.
 
     python benchmarks/decode.py [--shapes 1b 135m] [--bits 4] [--head-bits 4] [--rounds 3] [--prompt 32] [--new 64]
-        [--prefill 512] [--systems compress bf16 bitsandbytes torchao] --name NAME
+        [--prefill 512] [--systems bf16 prepack compress compress-int8 w8a8 bitsandbytes torchao] [--threads N]
+        [--clock wall|cpu] --name NAME
 
 Random weights of the shape (speed does not depend on what they are): Llama-3.2-1B's or SmolLM-135M's, head and
 embedding tied in bfloat16 systems and stored apart where the head is packed. Groups of 128, or 64 where 128 does not
 divide. Batch 1, greedy; a decode figure is the new tokens after the first over the time they take. All systems are
-held at once, and take turns: A B C A B C. bitsandbytes is NF4 of all linear layers but the head, torchao its CPU
-layout of int4, each as it comes; a system that is not installed is left out. Writes benchmarks/results/decode-
-NAME.json and .md.
+held at once, and take turns: A B C A B C. prepack is bfloat16 in oneDNN's order; w8a8 has weights and inputs in int8,
+the head in bfloat16; bitsandbytes is NF4 of all linear layers but the head, torchao its CPU layout of int4, each as it
+comes; a system that is not installed is left out. The cpu clock counts the processor's time, for machines that are
+busy with other work: with one thread, it says what the wall clock of a quiet machine would, as far as memory is free.
+Writes benchmarks/results/decode-NAME.json and .md.
 """
 
 from __future__ import annotations
@@ -26,12 +29,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from compress.maths.grid import QuantSpec
+from compress.maths.grid import QuantSpec, eight_bit_spec
 from compress.measure.environment import environment
 from compress.nn import kernels
+from compress.nn.cpu_step import use_block_steps
 from compress.nn.quant_linear import QuantLinear
+from compress.nn.running import run_as
+from compress.recipe import Runtime
 
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 RESULTS = Path(__file__).parent / "results"
+SYSTEMS = ["bf16", "prepack", "compress", "compress-int8", "w8a8", "bitsandbytes", "torchao"]
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {
         "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -63,9 +72,37 @@ def packed(model: PreTrainedModel, bits: int, head_bits: int) -> PreTrainedModel
         spec = QuantSpec(head_bits if layer is head else bits, group, True, "bfloat16")
         new = QuantLinear(layer.in_features, layer.out_features, spec, dtype=torch.bfloat16)
         new.weight_packed.random_(-(2**31), 2**31 - 1)
-        new.weight_scale.fill_(0.003)
+        new.weight_scale.fill_(0.0003)
         new.exact = False
         found.set_submodule(name, new)
+    return found
+
+
+def stepping(model: PreTrainedModel, int8: bool) -> PreTrainedModel:
+    """The packed model as `compress.load` sets it to run."""
+    run_as(model, Runtime(activations="int8" if int8 else "float"), asked=True)
+    use_block_steps(model)
+    return model
+
+
+def prepacked(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose dense layers are in oneDNN's order."""
+    found = copy.deepcopy(model)
+    run_as(found, Runtime(prepack=True), asked=True)
+    return found
+
+
+def eight_bits(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with weights and inputs of the blocks' layers in int8 (random codes), as `smoothquant` leaves it."""
+    found = copy.deepcopy(model)
+    for name, layer in list(found.model.layers.named_modules()):
+        if isinstance(layer, nn.Linear):
+            spec = eight_bit_spec(torch.bfloat16, "int8", True)
+            new = QuantLinear(layer.in_features, layer.out_features, spec, dtype=torch.bfloat16)
+            new._buffers["weight"].random_(-128, 127)
+            new.weight_scale.fill_(0.0003)
+            new.exact = False
+            found.model.layers.set_submodule(name, new)
     return found
 
 
@@ -105,27 +142,27 @@ def with_torchao(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, prompt: int, new: int) -> float:
+def decode(model: PreTrainedModel, prompt: int, new: int, clock: Clock = time.perf_counter) -> float:
     """Tokens a second after the first new one."""
     ids = torch.arange(prompt).unsqueeze(0) + 5
     options = {"do_sample": False, "pad_token_id": 0}
 
     def seconds(count: int) -> float:
-        started = time.perf_counter()
+        started = clock()
         model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
-        return time.perf_counter() - started
+        return clock() - started
 
     first = seconds(1)
     return (new - 1) / (seconds(new) - first)
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, length: int) -> float:
+def prefill(model: PreTrainedModel, length: int, clock: Clock = time.perf_counter) -> float:
     """Tokens a second, last logits only."""
     ids = torch.arange(length).unsqueeze(0) % 1000
-    started = time.perf_counter()
+    started = clock()
     model(input_ids=ids, logits_to_keep=1, use_cache=True)
-    return length / (time.perf_counter() - started)
+    return length / (clock() - started)
 
 
 def bandwidth() -> float:
@@ -144,7 +181,10 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     base = dense(shape)
     makers: dict[str, Callable[[], PreTrainedModel]] = {
         "bf16": lambda: base,
-        "compress": lambda: packed(base, options.bits, options.head_bits),
+        "prepack": lambda: prepacked(base),
+        "compress": lambda: stepping(packed(base, options.bits, options.head_bits), int8=False),
+        "compress-int8": lambda: stepping(packed(base, options.bits, options.head_bits), int8=True),
+        "w8a8": lambda: eight_bits(base),
         "bitsandbytes": lambda: with_bitsandbytes(base),
         "torchao": lambda: with_torchao(base),
     }
@@ -156,12 +196,15 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
             print(f"{name} is left out: {error}")
     if "compress" in systems:
         layer = systems["compress"].model.layers[0].mlp.up_proj
-        print("kernel:", kernels.choose(layer, torch.zeros(1, layer.in_features, dtype=torch.bfloat16)).name)
+        steps = sum("forward" in module.__dict__ for module in systems["compress"].modules())
+        name = kernels.choose(layer, torch.zeros(1, layer.in_features, dtype=torch.bfloat16)).name
+        print("kernel:", name, "- blocks in one call:", steps)
     decoded: dict[str, list[float]] = {name: [] for name in systems}
     filled: dict[str, list[float]] = {name: [] for name in systems}
     for number in range(options.rounds + 1):  # the first round warms up
         for name, model in systems.items():
-            figures = decode(model, options.prompt, options.new), prefill(model, options.prefill)
+            clock = CLOCKS[options.clock]
+            figures = decode(model, options.prompt, options.new, clock), prefill(model, options.prefill, clock)
             if number:
                 decoded[name].append(figures[0])
                 filled[name].append(figures[1])
@@ -190,7 +233,9 @@ def markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--systems", nargs="+", default=["bf16", "compress", "bitsandbytes", "torchao"])
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--head-bits", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
@@ -199,6 +244,8 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--name", required=True)
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     found = {shape: measured(shape, options) for shape in options.shapes}
     place = RESULTS / f"decode-{options.name}.json"
     settings = {"command": "python benchmarks/decode.py ...", "options": vars(options)}

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,6 +117,21 @@ class TensorSource:
         except OSError as error:
             raise CompressError(f"{file}: {name} cannot be read: {error.strerror}.") from error
         return tensor
+
+    def map(self, name: str) -> Tensor:
+        """The tensor as pages of the file, read when they are touched; what is written to it stays in memory.
+
+        For a model that only runs: whoever loads it touches no weight, and pages can be had again from the file.
+        """
+        file, start, info = self._place(name)
+        if math.prod(info.shape) == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        size = math.prod(info.shape) * info.dtype.itemsize
+        try:
+            pages = np.memmap(file, dtype=np.uint8, mode="c", offset=start, shape=(size,))
+        except (OSError, ValueError) as error:
+            raise CompressError(f"{file}: {name} cannot be read: {error}.") from error
+        return torch.from_numpy(pages).view(info.dtype).view(info.shape)
 
     def _place(self, name: str) -> _Place:
         try:

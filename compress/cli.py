@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -125,6 +125,7 @@ def benchmark(
     print_report(report)
     if output is not None:
         click.echo(Path(output).resolve() / "report.json")
+    sys.exit(0 if report.goals_met else GOAL_MISSED)
 
 
 @commands.command()
@@ -133,34 +134,46 @@ def benchmark(
 @click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="New tokens at most.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads to compute with.")
+@click.option(
+    "--activations", type=click.Choice(["float", "int8"]), help="What packed weights are multiplied with on the CPU."
+)
+@click.option("--prepack", is_flag=True, help="Put plain bfloat16 layers into the order that oneDNN is fastest with.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def generate(folder: str, prompt: str, tokens: int, device: str, threads: int | None, debug: bool) -> None:
+def generate(
+    folder: str, prompt: str, tokens: int, device: str, threads: int | None,
+    activations: Literal["float", "int8"] | None, prepack: bool, debug: bool,
+) -> None:  # fmt: skip
     """Continue a text with the model in DIR, straight from its packed weights."""
     _set_threads(threads)
     from compress.generation import stream_text
 
-    speed = stream_text(folder, prompt, tokens, device=device, write=lambda text: click.echo(text, nl=False))
+    speed = stream_text(
+        folder, prompt, tokens, device=device, write=lambda text: click.echo(text, nl=False),
+        activations=activations, prepack=prepack or None,
+    )  # fmt: skip
     click.echo()
     click.echo(f"{speed:.1f} tokens/s", err=True)
 
 
 @commands.command()
 @click.argument("folders", nargs=-1, required=True, metavar="DIR [DIR ...]")
+@click.option("--output", metavar="FILE", help="File of the page, as in comparison.html.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def report(folders: Sequence[str], debug: bool) -> None:
+def report(folders: Sequence[str], output: str | None, debug: bool) -> None:
     """Make the report pages of finished runs again; of several runs, one page that compares them."""
     from compress.reports import render
 
-    click.echo(render([Path(folder) for folder in folders]))
+    click.echo(render([Path(folder) for folder in folders], output))
 
 
 @commands.command()
+@click.argument("folder", metavar="[DIR]", required=False)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def doctor(debug: bool) -> None:
-    """Say what this machine has and what that means for compressing."""
-    from compress.doctor import findings
+def doctor(folder: str | None, debug: bool) -> None:
+    """Say what this machine has, and what would compute which layers: of any model, or of the one in DIR."""
+    from compress.doctor import findings, layers_of
 
-    for line in findings():
+    for line in findings() if folder is None else layers_of(folder):
         click.echo(line)
 
 

@@ -14,6 +14,7 @@ from compress.data import Windows
 from compress.errors import CompressError, StartError
 from compress.locating import locate
 from compress.measure import benchmark as stage
+from compress.measure.goals import check_goals
 from compress.measure.jobs import cache_folder, key_of
 from compress.opening import read_config, read_tokenizer
 from compress.preparation import benchmark_job, check_device, cut_texts
@@ -33,8 +34,8 @@ def benchmark(
 ) -> Report:
     """Measures models (folders, hub ids, `builtin:tiny`; `DIR` or `DIR/model`) against the first one.
 
-    `overrides` are recipe keys as after `--set` (`data.evaluation=FILE`, `benchmark.tasks=[...]`). With `output` the
-    report is written there as report.json, .md and .html.
+    `overrides` are recipe keys as after `--set` (`data.evaluation=FILE`, `benchmark.tasks=[...]`); goals are checked on
+    the second model. With `output` the report is written there as report.json, .md and .html.
     """
     if not models:
         raise StartError("compress benchmark needs models: the original first, then those to compare with it.")
@@ -54,6 +55,8 @@ def benchmark(
     with _workdir(output, recipe, folders) as scratch:
         report = stage.benchmark(folders, job, scratch, progress=progress, kept_in=cache_folder())
     report.recipe = {**recipe.canonical(), "models": names}
+    if report.compressed:
+        report.goals = check_goals(recipe.benchmark.goals, report.original, report.compressed)
     if output is not None:
         report.write(output)
     return report

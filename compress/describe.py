@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from compress.passes.base import STATES
-from compress.recipe import Benchmark, DataEntry, Recipe
+from compress.recipe import Benchmark, DataEntry, Recipe, Runtime
 from compress.registry import PASSES, allowed_words, pass_options
 
 
@@ -32,7 +32,8 @@ def describe_pass(name: str) -> str:
 def reference() -> str:
     """docs/recipe-reference.md: every key of a recipe, and every option of every pass, from their own descriptions."""
     lines = ["# Recipe reference", "", "Made from the code by `python -m compress.describe`; a test keeps it true.", ""]
-    for title, section in (("Recipe", Recipe), ("data.<role>", DataEntry), ("benchmark", Benchmark)):
+    sections = (("Recipe", Recipe), ("data.<role>", DataEntry), ("benchmark", Benchmark), ("runtime", Runtime))
+    for title, section in sections:
         lines += [f"## {title}", "", "| key | allowed | what it is |", "|---|---|---|"]
         for name, field in section.model_fields.items():
             meaning = " ".join((field.description or "").split())

@@ -28,7 +28,7 @@ def findings() -> list[str]:
         f"Memory: {memory.available / 1e9:.1f} GB available of {memory.total / 1e9:.1f} GB",
         f"Disk: {disk.free / 1e9:.1f} GB free here",
         _gpu(),
-        _kernel(),
+        *_kernels(),
     ]
     lines += [f"{package}: {_version(package)}" for package in _PACKAGES]
     return lines
@@ -52,19 +52,65 @@ def _gpu() -> str:
     return f"GPU: {properties.name}, {properties.total_memory / 1e9:.1f} GB"
 
 
-def _kernel() -> str:
-    from compress.nn import cpu
+def _kernels() -> list[str]:
+    """What would compute which layers on this machine's CPU, and what would not, and why."""
+    from compress.nn import cpu, prepacked
 
     found = cpu.library()
     if found is None:
-        return (
-            "Packed layers run through the torch kernel, which dequantizes each layer as it is called: the CPU kernel "
-            "was not built (it takes a C++ compiler when compress is installed), or this processor lacks AVX2."
+        lines = [
+            "Packed layers: torch, which dequantizes each layer as it is called. The CPU kernel does not serve: it was "
+            "not built (it takes a C++ compiler when compress is installed), or this processor lacks AVX2."
+        ]
+    else:
+        level = cpu.LEVELS[found.compress_level()]
+        lines = [
+            f"Packed layers of 2, 3, 4 and 8 bits: the CPU kernel ({level}, float activations), where columns and "
+            f"groups are multiples of {cpu.STEP}; blocks built as Llama's take a single token in one call. Other "
+            "groups: torch, which dequantizes each layer as it is called."
+        ]
+    no_int8, no_order = cpu.why_not_int8(), prepacked.why_not()
+    if no_int8 is None:
+        lines.append(
+            "With activations: int8, AVX-512 VNNI serves 4 bits in groups of a multiple of 64, 8 bits of 32, and 2 "
+            "bits of 128; smaller groups and 3 bits stay with float activations."
         )
-    return (
-        f"Packed layers of 2, 3, 4 and 8 bits run through the CPU kernel ({cpu.LEVELS[found.compress_level()]}) where "
-        f"columns and groups are multiples of {cpu.STEP}; others are dequantized as they are called."
+    else:
+        lines.append(f"activations: int8 cannot be had: {no_int8}. Float activations serve.")
+    lines.append(
+        "8 bits with rounded inputs (W8A8): torch's integer products. float8: torch, dequantized at each call."
     )
+    order = "with prepack: true, oneDNN's order" if no_order is None else f"prepack cannot be had: {no_order}"
+    lines.append(f"Plain layers: torch; in bfloat16, {order}.")
+    return lines
+
+
+def layers_of(folder: str | Path) -> list[str]:
+    """What computes the layers of the model in `folder`, as `compress.load` sets it up; one kind of layer a line."""
+    from compress.loading import load
+    from compress.locating import locate
+    from compress.nn.prepacked import PrepackedLinear
+    from compress.nn.quant_linear import QuantLinear
+    from compress.nn.running import served
+
+    model = load(locate(str(folder)))
+    kinds: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        by = served(module)
+        if by is None:
+            continue
+        if isinstance(module, QuantLinear):
+            group = "one a row" if module.spec.group_size == -1 else str(module.spec.group_size)
+            what = f"{module.spec.bits} bits, groups: {group}"
+        elif isinstance(module, PrepackedLinear):  # its weight is made anew when it is asked for
+            what = "bfloat16"
+        else:
+            what = str(module.weight.dtype).removeprefix("torch.")
+        kinds.setdefault(f"{what}: {by}", []).append(name)
+    blocks = sum("forward" in module.__dict__ for module in model.modules())
+    lines = [f"{kind} ({len(names)} layers, {names[0]} the first)" for kind, names in kinds.items()]
+    lines.append(f"Blocks that take a single token in one call of the kernel: {blocks}.")
+    return lines
 
 
 def _version(package: str) -> str:

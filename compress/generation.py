@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TextStreamer
 
@@ -33,14 +33,22 @@ class _Writer(TextStreamer):  # type: ignore[misc]
 
 
 def stream_text(
-    folder: str | Path, prompt: str, tokens: int, *, write: Callable[[str], None], device: str = "auto"
+    folder: str | Path,
+    prompt: str,
+    tokens: int,
+    *,
+    write: Callable[[str], None],
+    device: str = "auto",
+    activations: Literal["float", "int8"] | None = None,
+    prepack: bool | None = None,
 ) -> float:
-    """Continues `prompt` greedily by at most `tokens` tokens, giving the text to `write` as it comes.
+    """Continues `prompt` greedily by at most `tokens` tokens, giving the text to `write` as it comes. `activations` and
+    `prepack` are those of `compress.load`.
 
     Returns new tokens per second, the prompt's processing included.
     """
     place = locate(str(folder))
-    model = load(place, device=check_device(device))
+    model = load(place, device=check_device(device), activations=activations, prepack=prepack)
     if not model.can_generate():
         raise StartError(f"{folder} is a {type(model).__name__}, which does not write text.")
     tokenizer = read_tokenizer(place)

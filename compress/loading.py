@@ -12,10 +12,11 @@ import os
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -29,9 +30,12 @@ from compress.formats.folder import HISTORY
 from compress.locating import adapter_beside
 from compress.maths.grid import SCALE_DTYPES, QuantSpec
 from compress.nn.bnb_linear import MISSING, load_bitsandbytes
+from compress.nn.cpu_step import use_block_steps
 from compress.nn.quant_cache import CacheSpec, use_packed_cache
 from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
+from compress.nn.running import run_as
+from compress.recipe import Runtime
 
 
 def load(
@@ -41,6 +45,8 @@ def load(
     *,
     packed_cache: bool = True,
     adapter: bool = True,
+    activations: Literal["float", "int8"] | None = None,
+    prepack: bool | None = None,
 ) -> PreTrainedModel:
     """The model in `folder` (what a run left, `DIR` or `DIR/model`, or any Hugging Face folder), ready to run.
 
@@ -48,7 +54,11 @@ def load(
     packed, and of the arithmetic. Where a run could only store its model unpacked, its `exports/packed` is read.
     Where the model's history has a `kv_cache`, its cache is packed while it writes, unless `packed_cache` is false.
     Where an adapter stands beside the model (`DIR/adapter`), it is put in, unless `adapter` is false.
-    `StartError` for a folder that is no model; `CompressError`, with the names, where the tensors do not fit.
+    `activations="int8"`: the CPU kernel rounds inputs of few tokens, which is faster (AVX-512 VNNI). `prepack=True`:
+    plain bfloat16 layers are put into oneDNN's order, for models that only run. Default of both: what the run that made
+    the folder had under `runtime`, as far as this machine can.
+    `StartError` for a folder that is no model, or for what this machine lacks; `CompressError`, with the names, where
+    the tensors do not fit.
     """
     folder = find_model(Path(folder))
     beside = adapter_beside(folder) if adapter else None
@@ -58,7 +68,8 @@ def load(
     quantized = getattr(config, "quantization_config", None)
     own = packed.is_packed(folder)
     if method_of(quantized) == "bitsandbytes":
-        return _finished(_load_bitsandbytes(folder, cls, dtype, device), folder, packed_cache, beside)
+        model = _load_bitsandbytes(folder, cls, dtype, device)
+        return _running(_finished(model, folder, packed_cache, beside), folder, activations, prepack)
     if quantized is not None:
         del config.quantization_config
     if own or quantized is not None:
@@ -70,7 +81,24 @@ def load(
     model.to(torch.device(device))
     if quantized is not None:  # so that save_pretrained writes a folder that can be read again
         model.config.quantization_config = quantized
-    return _finished(model, folder, packed_cache, beside)
+    return _running(_finished(model, folder, packed_cache, beside), folder, activations, prepack)
+
+
+def _running(
+    model: PreTrainedModel, folder: Path, activations: Literal["float", "int8"] | None, prepack: bool | None
+) -> PreTrainedModel:
+    """The loaded model, set to compute as its folder says, and as the caller does."""
+    asked: dict[str, Any] = {"activations": activations, "prepack": prepack}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    recorded = _read_json(folder / HISTORY).get("runtime", {})
+    try:
+        run_as(model, Runtime(**{key: value for key, value in recorded.items() if key not in asked}), asked=False)
+        run_as(model, Runtime(**asked), asked=True)
+        use_block_steps(model)
+    except ValidationError as error:
+        words = f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
+        raise StartError(f"{folder} is to run with {words}.") from None
+    return model
 
 
 def _finished(model: PreTrainedModel, folder: Path, packed_cache: bool, adapter: Path | None = None) -> PreTrainedModel:
@@ -212,7 +240,7 @@ def _place(model: PreTrainedModel, source: TensorSource, specs: dict[str, QuantS
                 f"{source.folder}: {name} is {_word(info.dtype)} {list(info.shape)}; "
                 f"{type(model).__name__} needs {_word(old.dtype)} {list(old.shape)}."
             )
-        tensor = source.read(name).to(device, old.dtype)
+        tensor = source.map(name).to(device, old.dtype)
         if isinstance(old, nn.Parameter):
             parent._parameters[last] = nn.Parameter(tensor, requires_grad=False)
         else:

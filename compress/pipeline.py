@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
+from compress.errors import StartError
+from compress.explaining import explain
 from compress.fewer_tokens import keep_tokens, renumber_generation
 from compress.formats.folder import default_format, packed_export_note, write_model_folder
 from compress.measure.benchmark import generations, measure_compressed, measure_original
@@ -32,8 +35,8 @@ from compress.preparation import Prepared, prepare, recipe_texts, retokenised
 from compress.processes import meet, process_count, process_rank, wait_for
 from compress.progress import Progress
 from compress.recipe import Recipe
-from compress.reports.card import model_card
-from compress.reports.report import Export, Report, Stage, Verified
+from compress.reports.card import model_card, rewrite_cards
+from compress.reports.report import Export, Report, Stage, Verified, finite
 from compress.reshaping import take_shape
 from compress.stream import stream_outputs
 from compress.workspace import FOLDER, Guest, Workspace
@@ -95,6 +98,7 @@ def run(
             report.flips, report.worst = flips(original, found), worst(found)
             report.goals = check_goals(_goals(recipe), report.original, report.compressed)
             report.notes += [*original.notes, *found.notes]
+            rewrite_cards(ready.output, recipe, report, ready.folder)
         report.write(ready.output)
         work.remove_intermediate()
     return report
@@ -187,6 +191,14 @@ def _apply(
         context = _context(pass_, model, ready, recipe, stage, progress)
         done = pass_.run(model, context)
         result = _record(pass_, done, time.monotonic() - started, peak_resident_bytes() - bare, ready, index)
+        if pass_.changes_weights:
+            model.latest = stage
+        told = explain(
+            pass_, index, model, partial(_as_found, index, ready, recipe, work), ready, recipe, done.blocks,
+            stage.read_kept_tokens() is not None, progress,
+        )  # fmt: skip
+        result["measurements"] |= told.pop("measurements", {})
+        result = finite(result | told)
         stage.finish(result)
     if pass_.changes_weights:
         model.latest = stage
@@ -200,6 +212,21 @@ def _kept_adapter(stage: Any) -> Any:
     from compress.adapters import Adapter
 
     return Adapter.read(stage.folder / "adapter")
+
+
+def _as_found(index: int, ready: Prepared, recipe: Recipe, work: Workspace) -> ModelHandle:
+    """The model as the pass at `index` found it, opened anew: a block at a time where its family allows that."""
+    done = [(pass_, work.stage(i, pass_.name)) for i, pass_ in enumerate(recipe.passes[:index])]
+    try:
+        model = open_model(ready.folder, dtype=recipe.dtype, device=ready.device, residency="disk")
+        model.load(model.block_list()[0])
+        model.release(model.block_list()[0])
+    except StartError:  # its tensors have other names, or are merged, in the files
+        if recipe.residency == "disk":
+            raise
+        model = open_model(ready.folder, dtype=recipe.dtype, device=ready.device)
+    _restore(model, done)
+    return model
 
 
 def take_part(recipe: Recipe, ready: Prepared) -> Report:
@@ -231,8 +258,8 @@ def _reshape(pass_: Pass, stage: Any, model: ModelHandle) -> None:
         pass_.reshape(model)
 
 
-def _restore(model: ModelHandle, done: list[tuple[Pass, Guest]]) -> None:
-    """The model as these passes, all of them complete, have left it."""
+def _restore(model: ModelHandle, done: Sequence[tuple[Pass, StageFiles]]) -> None:
+    """The model as these passes, all of them complete, have left it; with the blocks on disk, they stay there."""
     model.history, model.states, model.adapter = [], {"dense"}, None
     changing = [stage for pass_, stage in done if pass_.changes_weights]
     for pass_, stage in done:
@@ -243,6 +270,9 @@ def _restore(model: ModelHandle, done: list[tuple[Pass, Guest]]) -> None:
         if pass_.changes_weights:
             model.adapter = _kept_adapter(stage) if pass_.leaves == "adapter" else None
         model.record(pass_)
+    if not model.resident:
+        model.latest = changing[-1] if changing else None
+        return
     for block in model.blocks() if changing else ():
         block.restore(*changing[-1].read(block, model.device))
 
@@ -283,8 +313,9 @@ def _original(ready: Prepared, recipe: Recipe) -> PreTrainedModel:
 
 
 def _record(pass_: Pass, done: PassResult, seconds: float, peak: int, ready: Prepared, index: int) -> dict[str, Any]:
+    named: dict[str, Any] = {"pass": pass_.name}
     stage = Stage(
-        **{"pass": pass_.name},
+        **named,
         options=pass_.options(),
         seconds=round(seconds, 3),
         predicted=ready.plan.of_pass(index),
@@ -302,7 +333,9 @@ def _export(model: ModelHandle, recipe: Recipe, ready: Prepared, stages: list[St
     shutil.rmtree(ready.output / "adapter", ignore_errors=True)
     if model.adapter is not None:
         model.adapter.save(ready.output / "adapter")
-    contents = model.contents(ready.tokenizer, card=model_card(recipe, stages))
+    card = model_card(recipe, stages, ready.folder, type(model.model).__name__)
+    contents = model.contents(ready.tokenizer, card=card)
+    contents = replace(contents, runtime=recipe.runtime.model_dump(exclude_defaults=True))
     write_model_folder(ready.output / "model", contents)
     formats = list(recipe.export)
     note = packed_export_note(contents)

@@ -126,6 +126,12 @@ class Benchmark(_Section):
     and marked as estimated."""
     prompts: tuple[str, ...] = ()
     """Texts to continue with both models; the report shows them side by side."""
+    damage: bool | None = None
+    """After each pass, what it did to each block and layer: blocks / 2 + 2 forwards of 1024 tokens. Absent: for models
+    up to 500 MB of weights."""
+    stages: bool | None = None
+    """After each pass but the last, perplexity on the evaluation text (one more reading of it a pass) and size. Absent:
+    for models up to 500 MB of weights."""
 
     def variants(self) -> set[str]:
         """What stands behind the names of speeds and memory: `llama.cpp`, `batch 4`, `prompt 2048`."""
@@ -135,6 +141,16 @@ class Benchmark(_Section):
 
     def parsed_goals(self) -> list[Goal]:
         return [parse_goal(metric, value) for metric, value in self.goals.items()]
+
+
+class Runtime(_Section):
+    """How the compressed model is run. Stored with it: `compress.load` does so unless told otherwise."""
+
+    activations: Literal["float", "int8"] = "float"
+    """What packed weights are multiplied with on the CPU, for few tokens at a time. int8: inputs are rounded, a step
+    for each group; floats serve where the processor has no AVX-512 VNNI."""
+    prepack: bool = False
+    """Plain bfloat16 layers are kept in the order that oneDNN multiplies fastest in, on the CPU."""
 
 
 class Recipe(_Section):
@@ -152,7 +168,7 @@ class Recipe(_Section):
     """What is measured; false: nothing (the result is still verified)."""
     export: tuple[str, ...] = ()
     """Formats written besides the folder `model/`."""
-    runtime: dict[str, Any] = Field(default_factory=dict)
+    runtime: Runtime = Field(default_factory=Runtime)
     """How the compressed model is to be run."""
     memory: str | int | None = None
     """Most memory the run may take, as in 8GB; a plan above it is refused."""

@@ -155,12 +155,12 @@ def outputs_divergence(
         counted += len(p) if causal else float(p.double().square().sum())
         for index, outputs in enumerate(others):
             q = next(outputs)[kept.to(first.device)]
-            totals[index] += _kl(p, q) if causal else float((p - q).double().square().sum())
+            totals[index] += kl_of_logits(p, q) if causal else float((p - q).double().square().sum())
     means: list[float] = [max(total, 0.0) / counted for total in totals]
     return means
 
 
-def _kl(p: Tensor, q: Tensor) -> float:
+def kl_of_logits(p: Tensor, q: Tensor) -> float:
     """Sum over tokens of KL(p || q), for logits [tokens, vocabulary]."""
     total = 0.0
     for start in range(0, len(p), _POSITIONS):

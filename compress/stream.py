@@ -202,8 +202,12 @@ class CalibrationStream:
         is what the last block gave."""
         paths = [*self._given, hidden]
         for index, batch in enumerate(self.batches()):
-            out = run_recorded(self.model, self.model.model, batch, self._before(paths, index))
-            yield out.logits if hasattr(out, "logits") else out.last_hidden_state
+            yield self._output(batch, self._before(paths, index))  # not held here: many may go side by side
+
+    def _output(self, batch: dict[str, torch.Tensor], before: list[Capture]) -> torch.Tensor:
+        out = run_recorded(self.model, self.model.model, batch, before)
+        found: torch.Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
+        return found
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """What `batches_of` gives of the windows."""

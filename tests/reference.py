@@ -992,3 +992,67 @@ def bridged_llama(model, tokens, gone, strengths):
             fitted = ridge_regression(seen[0].flatten(0, 1), missing.flatten(0, 1), strength)
             now.model.layers[before].mlp.down_proj.weight += fitted.float()
         return [now.model.layers[index].mlp.down_proj.weight for index in keep]
+
+
+# --------------------------------------------------------------------------------------------- damage
+
+
+def next_token_loss(logits, tokens):
+    """Mean of -log p(next token) over every token of every window but the first, one token at a time."""
+    total, count = 0.0, 0
+    for row, ids in zip(logits.double().tolist(), tokens.tolist(), strict=True):
+        for scores, target in itertools.pairwise(zip(row, ids, strict=True)):
+            values, wanted = scores[0], target[1]
+            total += math.log(sum(math.exp(value - max(values)) for value in values)) + max(values) - values[wanted]
+            count += 1
+    return total / count
+
+
+def mean_kl(first, second):
+    """Mean over tokens of sum p (log p - log q), p and q the softmaxes of logits [windows, length, vocabulary]."""
+    total, count = 0.0, 0
+    for a, b in zip(first.double().flatten(0, 1).tolist(), second.double().flatten(0, 1).tolist(), strict=True):
+        p, q = ([math.exp(value - max(scores)) for value in scores] for scores in (a, b))
+        p, q = [value / sum(p) for value in p], [value / sum(q) for value in q]
+        total += sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+        count += 1
+    return total / count
+
+
+def block_damage(model, changed, tokens, index, became):
+    """What one block alone does to a Llama: the whole model is run, and run again with the block `index` being that of
+    `changed` at `became` (None: left out). Error of the block's output, KL, rise of the loss, error of each layer."""
+    was, other = copy.deepcopy(model).double(), copy.deepcopy(changed).double()
+    seen = {}
+
+    def keep(name):
+        def hook(_, args, out):
+            seen[name] = (args[0], out[0] if isinstance(out, tuple) else out)
+
+        return hook
+
+    block = was.model.layers[index]
+    names = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [block.register_forward_hook(keep("block"))]
+    hooks += [block.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    with torch.no_grad():
+        logits = was(tokens).logits
+        for hook in hooks:
+            hook.remove()
+        layers = {}
+        for name in names if became is not None else []:
+            x, out = seen[name]
+            weight = other.model.layers[became].get_submodule(name).weight
+            layers[name] = float((x @ weight.T - out).square().sum() / out.square().sum())
+        if became is None:
+            was.model.layers[index].register_forward_hook(lambda _, args, out: args[0])
+        else:
+            was.model.layers[index] = other.model.layers[became]
+        was.model.layers[index].register_forward_hook(keep("replaced"))
+        now = was(tokens).logits
+    before, after = seen["block"][1], seen["replaced"][1]
+    return {
+        "error": float((after - before).square().sum() / before.square().sum()),
+        "kl": mean_kl(logits, now), "rise": next_token_loss(now, tokens) - next_token_loss(logits, tokens),
+        "layers": layers,
+    }  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import compress
 from compress.checkpoint import (
     SafetensorsWriter,
     TensorSource,
@@ -22,6 +23,9 @@ from compress.checkpoint import (
     write_checkpoint,
 )
 from compress.errors import CompressError, StartError
+from compress.formats.base import Contents
+from compress.formats.folder import write_model_folder
+from compress.testing import outputs, tiny_model, tiny_tokens
 
 
 def _tensors() -> dict[str, torch.Tensor]:
@@ -252,3 +256,28 @@ def test_atomic_writing_keeps_the_old_content_when_it_fails(tmp_path: Path, monk
         atomic_write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_mapped_tensors_are_those_of_the_file_and_what_is_written_to_them_is_not(tmp_path):
+    tensors = _tensors()
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = TensorSource(tmp_path)
+    for name, tensor in tensors.items():
+        mapped = source.map(name)
+        assert (mapped.dtype, mapped.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(mapped.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+        mapped.zero_()
+        assert torch.equal(source.read(name).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_loading_a_packed_folder_reads_no_weight(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    compress.RTN(bits=4, group_size=16)(model)
+    write_model_folder(tmp_path / "packed", Contents.of_model(model))
+    expected = outputs(model, tiny_tokens())
+
+    def read(self, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(TensorSource, "read", read)
+    torch.testing.assert_close(outputs(compress.load(tmp_path / "packed"), tiny_tokens()), expected)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import compress
 from compress.cli import main
 from compress.registry import PASSES
+from compress.testing import save_tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -195,6 +196,49 @@ def test_a_missed_goal_exits_with_3_and_still_leaves_the_model(capsys, recipe, t
     assert report["original"]["perplexity"]["value"] > 1
 
 
+@pytest.mark.slow
+def test_goals_of_every_kind_are_judged_and_the_missed_one_is_red_in_the_report(capsys, recipe, text_file, tmp_path):
+    """Relative to the original up and down, in points, and a speed; the missed one decides the exit code."""
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"good": "a bee can", "bad": "can bee a", "area": "order"}\n' * 4)
+    entry = {"source": str(text_file), "samples": 4, "length": 32}
+    goals = {
+        "perplexity": "+900%", "accuracy": "-100pt", "weights_bytes": "-20%", "decode_tokens_per_second": "+900000%",
+    }  # fmt: skip
+    benchmark = {"goals": goals, "tasks": [str(items)], "damage": False, "stages": False}
+    path = recipe(data={"calibration": entry, "evaluation": entry}, benchmark=benchmark)
+    code, out, err = call(capsys, "run", path)
+    assert code == 3, err
+    folder = Path(out.strip().splitlines()[-1]).parent
+    found = json.loads((folder / "report.json").read_text())["goals"]
+    assert {goal["metric"]: goal["met"] for goal in found} == {
+        "perplexity": True, "accuracy": True, "weights_bytes": True, "decode_tokens_per_second": False,
+    }  # fmt: skip
+    page = (folder / "report.html").read_text()
+    assert page.count("<li>Goal missed: decode speed +900000%, reached") == 1
+    assert page.count('<tr class="missed">') == 1
+    assert "Goal missed: decode speed" in " ".join(err.split())
+    assert "| Accuracy: order |" in (folder / "model" / "README.md").read_text()
+    assert call(capsys, "run", path)[0] == 3, "a finished run is asked again"
+
+
+def test_a_goal_missed_by_the_second_model_of_a_benchmark_exits_with_3(capsys, monkeypatch, tmp_path, tiny_folder):
+    from compress.measure import benchmark as stage
+    from compress.reports.report import Figure, Report
+
+    def measured(folders, *rest, **options):
+        figure = {"unit": "bits", "higher_is_better": False}
+        return Report(original={"bits_per_weight": Figure(value=32, **figure)},
+                      compressed={"bits_per_weight": Figure(value=4, **figure)})  # fmt: skip
+
+    monkeypatch.setattr(stage, "benchmark", measured)
+    for goal, expected in (("-80%", 0), ("3", 3)):
+        said = ["--set", f"benchmark.goals={{bits_per_weight: {goal}}}", "--output", tmp_path / "b", "--quiet"]
+        assert call(capsys, "benchmark", tiny_folder, tiny_folder, *said)[0] == expected
+        (found,) = json.loads((tmp_path / "b" / "report.json").read_text())["goals"]
+        assert found["met"] is (expected == 0)
+
+
 def test_plan_as_json_reads_no_weight(capsys, recipe, tmp_path, tiny_folder):
     import shutil
 
@@ -234,6 +278,37 @@ def test_doctor_names_the_machine_and_the_versions(capsys):
     assert code == 0
     assert "torch: 2." in out
     assert "GPU: " in out
+    assert "Packed layers" in out
+    assert "int8" in out
+
+
+def test_doctor_says_what_computes_the_layers_of_a_folder(capsys, tmp_path):
+    folder = save_tiny(tmp_path / "tiny")
+    code, out, _ = call(capsys, "doctor", folder)
+    assert code == 0
+    assert "float32: torch (22 layers" in out
+
+
+def test_generate_refuses_what_is_missing_damaged_or_not_to_be_had_in_a_sentence(
+    capsys, recipe, tmp_path, monkeypatch, unverified
+):
+    from compress.nn import cpu
+
+    assert call(capsys, "run", recipe(), "--quiet", "--set", "benchmark=false")[0] == 0
+    folder = tmp_path / "out"
+    monkeypatch.setattr(cpu, "why_not_int8", lambda layer=None: "this processor lacks AVX-512 VNNI")
+    code, _, err = call(capsys, "generate", folder, "--prompt", "a", "--activations", "int8")
+    assert code == 2
+    assert "this processor lacks AVX-512 VNNI" in err
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = call(capsys, "generate", folder, "--prompt", "a")
+    assert code == 1
+    assert "model.safetensors" in err
+    assert len(err.strip().splitlines()) == 1
+    code, _, err = call(capsys, "generate", tmp_path / "no" / "such" / "folder", "--prompt", "a")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_generate_continues_a_prompt_from_a_packed_folder(capsys, recipe, tmp_path):

@@ -27,7 +27,8 @@ class Contents:
     `tensors` announces every tensor by its name in the model's state dict, tied ones once; `read(name)` is called once
     per tensor, in that order, so memory stays at the largest tensor if `read` keeps nothing. Tensors of quantized
     layers are those of `QuantLinear`; `quantization` has the spec of each such layer by its name in the model;
-    `adapter`: whether one stands beside the model, which plain peft is to put in.
+    `adapter`: whether one stands beside the model, which plain peft is to put in; `runtime`: how `compress.load` is to
+    run it, where that is not the default.
     """
 
     config: PretrainedConfig
@@ -41,6 +42,7 @@ class Contents:
     history: Sequence[Mapping[str, Any]] = ()
     card: str = ""
     adapter: bool = False
+    runtime: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:

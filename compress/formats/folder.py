@@ -103,6 +103,7 @@ def write_record(folder: Path, contents: Contents, format: str, about: Mapping[s
         "format": format,
         "history": history,
         "versions": _versions(),
+        **({"runtime": dict(contents.runtime)} if contents.runtime else {}),
         **(about or {}),
     }
     _write_json(folder / HISTORY, about)

@@ -6,6 +6,7 @@ everything else is stored in the dtype it has, vectors in float32, as llama.cpp 
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -164,7 +165,8 @@ def _cut_otherwise(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str |
 
 
 def _tensors(contents: Contents) -> list[_Tensor]:
-    """What the file holds, in the order in which it is read."""
+    """What the file holds, in the order of names, numbers in them by their size: the contents' own order depends on
+    where the model was kept."""
     found = []
     for spec in contents.tensors:
         layer, _, last = spec.name.rpartition(".")
@@ -176,7 +178,7 @@ def _tensors(contents: Contents) -> list[_Tensor]:
             block = block_kind(contents.quantization[layer], shape[1])
             assert block is not None, layer
             found.append(_Tensor(f"{layer}.weight", block, shape, layer))
-    return found
+    return sorted(found, key=lambda t: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", t.name)])
 
 
 def _data(contents: Contents, tensors: list[_Tensor]) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ import threading
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ MANY = 24
 #: Bytes of expanded weight at a time: most layers at once, the head of a large vocabulary in parts.
 _EXPANDED_BYTES = 1 << 25
 _kept = threading.local()
+_ADDRESS, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+#: What is called in the library, and with what.
+_FUNCTIONS = {
+    "compress_product": (_ADDRESS, _ADDRESS, _COUNT, _ADDRESS, _INT, _INT, _INT, _INT),
+    "compress_expand": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _INT, _INT, _INT),
+    "compress_step": (_ADDRESS, _ADDRESS),
+    "compress_round_tokens": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _INT, _INT),
+    "compress_scale_sums": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT),
+}
 
 
 class _Layer(ctypes.Structure):
@@ -53,9 +62,18 @@ class Prepared:
         )  # fmt: skip
         self.address = ctypes.addressof(self.layer)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the layer has other addresses: it is prepared anew when it is called."""
+        return _nothing, ()
+
     def holds(self, layer: QuantLinear) -> bool:
         """Whether it was made from these tensors: a checkpoint may have put others in their place."""
-        return layer.weight_packed is self.packed and layer.weight_scale is self.scale
+        buffers = layer._buffers  # past nn.Module's slow look-up: this is asked at every call
+        return buffers["weight_packed"] is self.packed and buffers["weight_scale"] is self.scale
+
+
+def _nothing() -> None:
+    return None
 
 
 @cache
@@ -68,15 +86,12 @@ def library() -> ctypes.CDLL | None:
                 found = ctypes.CDLL(os.fspath(path))
             except OSError:  # built for another system
                 return None
-            found.compress_product.argtypes = (
-                ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
-                ctypes.c_int32,
-            )  # fmt: skip
-            found.compress_expand.argtypes = (
-                ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
-                ctypes.c_int32,
-            )  # fmt: skip
-            found.compress_product.restype = found.compress_expand.restype = None
+            if not all(hasattr(found, name) for name in _FUNCTIONS):  # built from sources before these
+                return None
+            for name, types in _FUNCTIONS.items():
+                function = getattr(found, name)
+                function.argtypes, function.restype = types, None
+            found.compress_int8_serves.argtypes = (ctypes.c_void_p,)
             return found if found.compress_level() else None
     return None
 
@@ -94,7 +109,7 @@ def why_not(layer: QuantLinear) -> str | None:
 
 def fits(layer: QuantLinear, x: Tensor) -> bool:
     """Whether the kernel can compute this product; not where gradients are asked for."""
-    if x.device.type != "cpu" or layer.exact or x.dtype not in (torch.float32, torch.bfloat16):
+    if layer.exact or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if not x.numel() or (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return False
@@ -109,8 +124,26 @@ def fits(layer: QuantLinear, x: Tensor) -> bool:
     return True
 
 
+def why_not_int8(layer: QuantLinear | None = None) -> str | None:
+    """Why inputs cannot be rounded to int8 here, or for a layer, as the end of a sentence; None where they can."""
+    found = library()
+    if found is None:
+        return "the kernel was not built (no compiler when the package was installed) or this processor lacks AVX2"
+    if not found.compress_int8():
+        return "this processor lacks AVX-512 VNNI"
+    if layer is None:
+        return None
+    least = STEP * 8 // layer.spec.bits
+    if layer.spec.bits == 3 or layer.in_features // layer.weight_scale.shape[1] % least:
+        return f"it takes 2, 4 or 8 bits and groups in multiples of {STEP * 4}, {STEP * 2} or {STEP}"
+    return None
+
+
 def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
-    """x [..., in] times the packed weight, sums in float32: [..., out] in the dtype of x. `level`: the most to use."""
+    """x [..., in] times the packed weight, sums in float32: [..., out] in the dtype of x. `level`: the most to use.
+
+    With `layer.int8_inputs`, fewer than `MANY` tokens are rounded to int8, a step for each group, where it `rounds`.
+    """
     prepared, found = layer.prepared, library()
     assert prepared is not None
     assert found is not None
@@ -121,8 +154,9 @@ def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
     else:
         out = x.new_empty((*x.shape[:-1], layer.out_features))
         found.compress_product(
-            prepared.address, x.data_ptr(), many, out.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level
-        )
+            prepared.address, x.data_ptr(), many, out.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level,
+            layer.int8_inputs,
+        )  # fmt: skip
     if layer.bias is not None:
         out += layer.bias.to(out.dtype)
     return out
@@ -151,3 +185,32 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     if kept is None or kept.numel() < size:
         kept = _kept.bytes = torch.empty(size, dtype=torch.uint8)
     return kept[:size].view(dtype)
+
+
+def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [tokens, in] and scales float32 [tokens, 1] of x [tokens, in], float32 or bfloat16 and contiguous.
+
+    They are what `maths/activations.py` makes of it, to the last bit.
+    """
+    found = library()
+    assert found is not None
+    codes, scales = x.new_empty(x.shape, dtype=torch.int8), x.new_empty((len(x), 1), dtype=torch.float32)
+    found.compress_round_tokens(
+        x.data_ptr(), *x.shape, codes.data_ptr(), scales.data_ptr(), _KINDS[x.dtype], torch.get_num_threads()
+    )
+    return codes, scales
+
+
+def scale_sums(sums: Tensor, by_token: Tensor, by_row: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`sums` int32 [tokens, out] times float32 scales of tokens [tokens, 1] and of rows [out, 1], plus a bias.
+
+    Computed in float32, returned in `dtype`.
+    """
+    found = library()
+    assert found is not None
+    out = sums.new_empty(sums.shape, dtype=dtype)
+    found.compress_scale_sums(
+        sums.data_ptr(), *sums.shape, by_token.data_ptr(), by_row.data_ptr(), None if bias is None else bias.data_ptr(),
+        out.data_ptr(), _KINDS[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out

@@ -54,6 +54,8 @@ def _fits_int8(layer: QuantLinear, x: Tensor) -> bool:
 
 def _multiply_int8(layer: QuantLinear, x: Tensor) -> Tensor:
     """Codes times codes, summed in int32 without error; then both scales, in float32 (float64 for such an input)."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and cpu.library() is not None:
+        return _multiply_int8_on_cpu(layer, x)
     scale = token_scales(x, layer.spec)
     codes = token_codes(x, scale, layer.spec).reshape(-1, layer.in_features)
     sums = torch._int_mm(codes, layer.stored_codes().t())
@@ -63,6 +65,15 @@ def _multiply_int8(layer: QuantLinear, x: Tensor) -> Tensor:
     if layer.bias is not None:
         out += layer.bias
     return out.to(x.dtype).reshape(*x.shape[:-1], layer.out_features)
+
+
+def _multiply_int8_on_cpu(layer: QuantLinear, x: Tensor) -> Tensor:
+    """The same where rounding and scaling are done in one pass each: in torch they take as long as the product."""
+    codes, scale = cpu.round_tokens(x.reshape(-1, layer.in_features).contiguous())
+    sums = torch._int_mm(codes, layer.stored_codes().t())
+    bias = None if layer.bias is None else layer.bias.float()
+    out = cpu.scale_sums(sums, scale, layer.weight_scale.float().contiguous(), bias, x.dtype)
+    return out.view(*x.shape[:-1], layer.out_features)
 
 
 KERNELS: tuple[Kernel, ...] = (

@@ -56,6 +56,8 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         self.in_features, self.out_features = in_features, out_features
         self.spec, self.dtype, self.transposed = spec, dtype, transposed
         self.exact = True
+        #: Whether the CPU kernel may round inputs of few tokens to int8. See `cpu.multiply`.
+        self.int8_inputs = False
         for name, (kind, shape) in packed_tensors(in_features, out_features, spec).items():
             # Not by register_buffer, which would take the property `weight` for an attribute in the way.
             self._buffers[name] = torch.empty(shape, dtype=kind, device=device)
@@ -204,6 +206,10 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
     def compute(self, x: Tensor) -> Tensor:
         """`forward`, without a gradient."""
         return kernels.choose(self, x)(self, x)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache = self.prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         self._cache = self.prepared = None

@@ -126,6 +126,7 @@ class AWQ(RoundingPass):
     """Scale the channels with large inputs up before rounding to nearest, as far as the layers' outputs ask for it."""
 
     name: ClassVar[str] = "awq"
+    rescales: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
 
     steps: int = Field(

@@ -121,6 +121,10 @@ class Pass(BaseModel):
     #: Options that name a text, as `source` of a data entry does.
     sources: ClassVar[tuple[str, ...]] = ()
 
+    #: Whether it moves scales, or turns, from one layer to another, so that what a layer is given and gives is no
+    #: longer the same as before, though the block's output is.
+    rescales: ClassVar[bool] = False
+
     #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
     changes_weights: ClassVar[bool] = True
 

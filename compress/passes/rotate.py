@@ -88,6 +88,7 @@ class Rotate(Pass):
     function, with fewer outliers for the rounding that follows."""
 
     name: ClassVar[str] = "rotate"
+    rescales: ClassVar[bool] = True
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
     leaves: ClassVar[str] = "dense"
     changes_outside: ClassVar[bool] = True

@@ -59,6 +59,7 @@ class SmoothQuant(BlockPass):
     """Round weights and inputs to int8, after moving the outliers of the inputs into the weights."""
 
     name: ClassVar[str] = "smoothquant"
+    rescales: ClassVar[bool] = True
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     leaves: ClassVar[str] = "quantized"
     needs_calibration: ClassVar[bool] = True

@@ -146,6 +146,8 @@ class Stage(BaseModel):
     coverage: float | None = None
     blocks: list[dict[str, Any]] = Field(default_factory=list)
     measurements: dict[str, Any] = Field(default_factory=dict)
+    #: What `compress.measure.damage.measure_damage` gives; None where it was not asked for.
+    damage: dict[str, Any] | None = None
 
 
 class Verified(BaseModel):
@@ -227,13 +229,16 @@ class Report(BaseModel):
         for key in ("others", "flips", "worst", "generations", "notes"):
             if not data[key]:
                 del data[key]
+        for stage in data["stages"]:
+            if stage["damage"] is None:
+                del stage["damage"]
         return json.dumps(finite(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
     def write(self, folder: Path | str) -> Path:
         """Writes `report.html`, `report.md` and, last, `report.json` (its presence means the run is over)."""
         from compress.checkpoint import atomic_write_text
         from compress.reports.html import page
-        from compress.reports.table import markdown
+        from compress.reports.markdown import markdown
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

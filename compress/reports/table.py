@@ -1,4 +1,4 @@
-"""The comparison as rows: for the terminal through rich, and for `report.md`."""
+"""The comparison as rows, in words; and what the terminal shows of it, through rich."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.reports import units
-from compress.reports.fidelity import markdown_fidelity
-from compress.reports.lessons import markdown_lessons
+from compress.reports.headline import headline, points
+from compress.reports.heat import loss_words
+from compress.reports.points import stage_figures
 from compress.reports.report import Comparison, Figure, Report
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Row:
     original: str
     compressed: str
     change: str
+    interval: str
     verdict: str
     sentence: str
     runtime: str
@@ -51,6 +53,7 @@ def _row(name: str, before: Figure | None, after: Figure | None, compared: Compa
         original=units.human(before.value, unit) if before else "–",
         compressed=units.human(after.value, unit) if after else "–",
         change=units.change(compared.delta, compared.ratio, unit),
+        interval=units.interval(compared.ci_low, compared.ci_high, before.value if before else None, unit),
         verdict=compared.verdict,
         sentence=compared.sentence or (missing[0] if missing else ""),
         runtime=(after.runtime if after else None) or "",
@@ -91,8 +94,7 @@ def print_report(report: Report) -> None:
     if report.compressed:
         console.print(headline(report), markup=False)
     for line in points(report):
-        style = "red" if line.startswith("Goal missed") else "yellow"
-        console.print(line, style=style, markup=False)
+        console.print(line, style="red", markup=False)
     for note in report.notes:
         console.print(note, style="dim", markup=False)
 
@@ -124,82 +126,22 @@ def print_plan(plan: Plan) -> None:
     console.print(f"weights that come out: {units.human(plan.weights_bytes, 'B')}", markup=False)
 
 
-def markdown(report: Report) -> str:
-    """The content of `report.md`: what `report.html` shows, without the plots."""
-    parts = [f"# {_plain(report.name)}", headline(report)]
-    parts += [f"- {_plain(line)}" for line in points(report)]
-    if report.compressed:
-        parts.append(_markdown_comparison(report.original, report.compressed, report.comparison))
-    else:
-        parts.append(_markdown_figures(report.original))
-    for other in report.others:
-        parts += [f"## {_plain(other.model)}"]
-        parts.append(_markdown_comparison(report.original, other.measurements, other.comparison))
-    if report.goals:
-        parts += ["## Goals", _markdown_goals(report)]
-    if report.stages:
-        parts += ["## Passes", _markdown_stages(report)]
-    parts += markdown_lessons(report)
-    parts += markdown_fidelity(report, _plain)
-    for sample in report.generations:
-        parts += [f"**{_plain(sample['prompt'])}**"]
-        parts += [f"- original: {_plain(sample['original'])}\n- compressed: {_plain(sample['compressed'])}"]
-    parts += [f"Note: {_plain(note)}" for note in report.notes]
-    if report.environment:
-        facts = "\n".join(f"- {_plain(key)}: {_plain(value)}" for key, value in environment_rows(report.environment))
-        parts += ["## Measured on", facts]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _markdown_comparison(
-    original: dict[str, Figure], compressed: dict[str, Figure], comparison: dict[str, Comparison]
-) -> str:
-    lines = [
-        "| metric | original | compressed | change | verdict | in words |",
-        "|---|---:|---:|---:|---|---|",
-    ]
-    for row in rows(original, compressed, comparison):
-        cells = (row.title, row.original, row.compressed, row.change, VERDICTS[row.verdict], row.sentence)
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
-    return "\n".join(lines)
-
-
-def _markdown_figures(figures: dict[str, Figure]) -> str:
-    lines = ["| metric | value | in words |", "|---|---:|---|"]
-    for row in rows(figures, {}, {}):
-        lines.append(f"| {_cell(row.title)} | {_cell(row.original)} | {_cell(row.sentence)} |")
-    return "\n".join(lines)
-
-
-def _markdown_goals(report: Report) -> str:
-    lines = ["| goal | value | |", "|---|---:|---|"]
-    for goal in report.goals:
-        figure = report.compressed.get(goal.metric)
-        value = units.human(goal.value, figure.unit if figure else "")
-        met = "met" if goal.met else f"**missed** {_cell(goal.reason or '')}".strip()
-        lines.append(f"| {_cell(units.title(goal.metric))}: {_cell(str(goal.goal))} | {value} | {met} |")
-    return "\n".join(lines)
-
-
-def _markdown_stages(report: Report) -> str:
-    lines = [
-        "| pass | options | time | memory predicted | memory measured | size predicted | coverage |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for stage in stage_rows(report):
-        lines.append("| " + " | ".join(map(_cell, stage.values())) + " |")
-    return "\n".join(lines)
-
-
 def stage_rows(report: Report) -> list[dict[str, str]]:
     """The passes in words, predicted beside measured."""
     found = []
-    for stage in report.stages:
+    for number, stage in enumerate(report.stages):
         predicted = stage.predicted
+        figures = stage_figures(stage.measurements)
+        if number == len(report.stages) - 1:
+            figures = {**report.compressed, **figures}
+        left = {name: figures[name] for name in ("perplexity", "weights_bytes") if name in figures}
         found.append(
             {
                 "pass": stage.pass_,
                 "options": ", ".join(f"{key} {_option(value)}" for key, value in stage.options.items() if _said(value)),
+                "loss": loss_words(stage),
+                "perplexity": units.human(left["perplexity"].value, "") if "perplexity" in left else "–",
+                "size": units.human(left["weights_bytes"].value, "B") if "weights_bytes" in left else "–",
                 "seconds": units.duration(stage.seconds),
                 "memory_predicted": units.human(_number(predicted.get("peak_memory_bytes")), "B"),
                 "memory": units.human(stage.peak_memory_bytes, "B"),
@@ -222,68 +164,6 @@ def environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def headline(report: Report) -> str:
-    """What came out in one sentence for somebody who reads no table."""
-    if not report.compressed:
-        return "One model, measured."
-    parts = [_smaller(report), _quality(report), speed_words(report)]
-    sentence = "; ".join(part for part in parts if part)
-    return (sentence[:1].upper() + sentence[1:] + ".") if sentence else "Nothing could be compared."
-
-
-def points(report: Report) -> list[str]:
-    """What must not be overlooked: missed goals, areas that lost, figures that could not be measured."""
-    found = []
-    missed = [goal for goal in report.goals if not goal.met]
-    if missed:
-        found.append("Goal missed: " + ", ".join(f"{units.title(g.metric)} {g.goal}" for g in missed) + ".")
-    for name, compared in report.comparison.items():
-        if name.startswith("accuracy/") and compared.verdict in ("worse", "better"):
-            found.append(f"{units.title(name)} is {compared.sentence}.")
-    if report.compressed and report.verified is not None and not report.verified.reloaded:
-        found.append("The exported folder could not be loaded by transformers.")
-    return found
-
-
-def speed_words(report: Report) -> str:
-    """The speed of decoding in words; says plainly when compression brought none."""
-    compared = report.comparison.get("decode_tokens_per_second")
-    name = "decoding"
-    if compared is None or compared.ratio is None:
-        compared, name = report.comparison.get("prefill_tokens_per_second"), "reading a prompt"
-    if compared is None or compared.ratio is None:
-        return ""
-    ratio = f"{compared.ratio:.2f} ×"
-    if compared.verdict == "better":
-        return f"{name} is faster on this machine ({ratio})"
-    if compared.verdict == "worse":
-        return f"no speed was gained on this machine: {name} is slower ({ratio})"
-    if compared.verdict == "no_difference":
-        return f"no speed was gained on this machine: {name} is as fast as before within the measurement ({ratio})"
-    return f"{name} ran at {ratio} the speed, in too few rounds to be sure"
-
-
-def _smaller(report: Report) -> str:
-    compared = report.comparison.get("weights_bytes")
-    if compared is None or not compared.ratio:
-        return ""
-    if abs(compared.ratio - 1) < 0.005:
-        return "the same size on disk"
-    return f"{1 / compared.ratio:.1f} × smaller" if compared.ratio < 1 else f"{compared.ratio:.1f} × larger on disk"
-
-
-def _quality(report: Report) -> str:
-    compared = report.comparison.get("perplexity")
-    before, after = report.original.get("perplexity"), report.compressed.get("perplexity")
-    if compared is None or compared.ratio is None or before is None or after is None:
-        compared = report.comparison.get("accuracy")
-        return f"accuracy {compared.sentence}" if compared is not None and compared.delta is not None else ""
-    values = f"{units.human(before.value, '')} → {units.human(after.value, '')}"
-    if compared.verdict == "no_difference":
-        return f"no measurable loss in perplexity ({values})"
-    return f"perplexity {units.change(compared.delta, compared.ratio, '')} ({values})"
-
-
 def _number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
@@ -298,15 +178,3 @@ def _option(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
     return str(value)
-
-
-def _plain(text: str) -> str:
-    """One line, and no Markdown or HTML from names or generated text."""
-    text = " ".join(str(text).split())
-    for mark in ("\\", "`", "*", "_", "[", "]", "#"):
-        text = text.replace(mark, f"\\{mark}")
-    return text.replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _cell(text: str) -> str:
-    return _plain(text).replace("|", "\\|")

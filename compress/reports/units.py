@@ -112,5 +112,37 @@ def change(delta: float | None, ratio: float | None, unit: str) -> str:
         return f"{'+' if delta >= 0 else '-'}{human(abs(delta), unit)}"
     if delta == 0:
         return "the same"
-    percent = 100 * (ratio - 1)
-    return f"{percent:+.0f} %" if abs(percent) >= 10 else f"{percent:+.1f} %"
+    return percent(ratio - 1, sign=True)
+
+
+def percent(share: float, sign: bool = False) -> str:
+    """`0.059` -> `5.9 %`, whole numbers from 10 % on; with `sign`, `+5.9 %`."""
+    value = 100 * share
+    plus = "+" if sign and value >= 0 else ""
+    return f"{plus}{value:.0f} %" if abs(value) >= 10 else f"{plus}{value:.1f} %"
+
+
+def interval(low: float | None, high: float | None, start: float | None, unit: str) -> str:
+    """The interval of a change, said as `change` says it: points for fractions, percent of `start`, the value before,
+    otherwise; plain where there is none."""
+    if low is None or high is None:
+        return "–"
+    if unit == "fraction":
+        return f"{100 * low:+.1f} to {100 * high:+.1f} pt"
+    if not start:
+        return f"{human(low, unit)} to {human(high, unit)}"
+    ends = [percent(end / start, sign=True).removesuffix(" %") for end in (low, high)]
+    return f"{ends[0]} to {ends[1]} %"
+
+
+def short(value: float) -> str:
+    """Two significant digits, for cells that are read beside others."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 10:
+        return f"{value:,.0f}"
+    if abs(value) < 0.001:
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
+    digits = 1 if abs(value) >= 1 else 2 if abs(value) >= 0.1 else 3 if abs(value) >= 0.01 else 4
+    return f"{value:.{digits}f}"

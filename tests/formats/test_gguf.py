@@ -235,6 +235,15 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_the_order_in_which_tensors_come_does_not_matter(tmp_path):
+    contents = Contents.of_model(tiny(num_hidden_layers=11), byte_tokenizer())
+    turned = replace(contents, tensors=contents.tensors[::-1])
+    files = [write_model_folder(tmp_path / n, c, "gguf") / FILE for n, c in (("a", contents), ("b", turned))]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    names = [tensor.name for tensor in gguf.GGUFReader(files[0]).tensors]
+    assert names.index("blk.9.attn_q.weight") < names.index("blk.10.attn_q.weight")
+
+
 def test_a_write_that_fails_leaves_the_file_before_it(tmp_path):
     contents = Contents.of_model(tiny(), byte_tokenizer())
     folder = write_model_folder(tmp_path / "out", contents, "gguf")

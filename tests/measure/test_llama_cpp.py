@@ -128,7 +128,7 @@ def test_an_export_is_verified_in_a_fresh_process(tmp_path):
     found = verify_export(tmp_path, entry, ids, logits_of(model, ids), byte_tokenizer(), workdir=tmp_path / "work")
     assert (found.reloaded, found.by, found.same_tokens) == (True, "llama.cpp", True)
     assert found.mean_logprob_difference < found.allowed
-    assert not list((tmp_path / "work").iterdir())
+    assert not list((tmp_path / "work").glob("export-*"))
 
 
 @needed

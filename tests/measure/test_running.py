@@ -11,7 +11,7 @@ import pytest
 
 from compress.comparing import benchmark
 from compress.errors import CompressError, RecipeError, StartError
-from compress.measure import worker
+from compress.measure import scoring, worker
 from compress.measure.benchmark import measure_compressed, measure_original
 from compress.measure.comparison import compare, original_figures
 from compress.measure.measurements import BenchmarkJob, SpeedSettings
@@ -254,7 +254,8 @@ def test_a_measurement_is_known_by_the_content_of_its_model(pair, jobs, tmp_path
 @pytest.mark.usefixtures("jobs")
 def test_a_job_tells_how_far_it_is(pair, windows, items, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(worker, "tell", lambda job, *said: told.append((job["kind"], *said)))
+    for module in (worker, scoring):
+        monkeypatch.setattr(module, "tell", lambda job, *said: told.append((job["kind"], *said)))
     job = BenchmarkJob(windows=windows, items=items, threads=1, speed=SPEED)
     measure_original(str(pair[0]), job=job, workdir=tmp_path, speed=True)
     kinds = {kind for kind, *_ in told}

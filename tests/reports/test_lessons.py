@@ -3,8 +3,9 @@
 import numpy as np
 
 from compress.measure.areas import summarised
-from compress.reports import html, table
+from compress.reports import html
 from compress.reports.lessons import lesson_tables
+from compress.reports.markdown import markdown
 
 
 def _taught(report, control=True):
@@ -35,7 +36,7 @@ def test_every_area_has_a_row_for_teacher_student_and_control(make_report):
 
 def test_both_pages_show_it_and_a_report_without_does_not(make_report):
     report = _taught(make_report())
-    for page in (table.markdown(report), html.page(report)):
+    for page in (markdown(report), html.page(report)):
         assert "Accuracy by area: gptq" in page
         assert "student before" in page
-    assert "student before" not in table.markdown(make_report()) + html.page(make_report())
+    assert "student before" not in markdown(make_report()) + html.page(make_report())
