@@ -93,6 +93,8 @@ class Distillation(nn.Module):  # type: ignore[misc]
         self.on_policy, self.padding = on_policy, padding
         self.__dict__["teacher"] = teacher  # not registered: it is neither trained nor stored
         self.__dict__["head"] = head_of(student)
+        #: Where no loss looks at logits, the head has no part in it.
+        self.may_leave_unused = bool(on_policy) or not {"kl", "labels", "rationale"} & {loss.kind for loss in losses}
 
     def train(self, mode: bool = True) -> Distillation:
         """Stays as it is: dropout would be noise in what is to be imitated."""

@@ -23,10 +23,14 @@ def process_rank() -> int:
 
 
 def meet(device: str) -> str:
-    """Waits until all processes are here; returns a word that is this start's own, the same for all."""
+    """Waits until all processes are here; returns a word that is this start's own, the same for all.
+    StartError for a launch in a way that is none of those here."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
+    from compress.sharding import check_launch
+
+    check_launch()
     PartialState(cpu=device == "cpu")
     word = [uuid.uuid4().hex]
     broadcast_object_list(word)

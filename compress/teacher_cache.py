@@ -91,7 +91,8 @@ def open_cache(
     if cache.missing():
         with FileLock(place / "lock"):
             write_json(place / "cache.json", content)
-            cache.write(windows, ask(), progress or Progress())
+            if cache.missing():  # not, where another process has written it meanwhile
+                cache.write(windows, ask(), progress or Progress())
     return cache
 
 

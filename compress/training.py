@@ -6,7 +6,8 @@ that was killed goes on from the last whole one and ends with the same weights, 
 when they were taken.
 
 A step's gradient is that of the mean over all that counts in its `batch_size` windows, however these are shared out to
-micro-batches and to processes (`accelerate launch`): each part is weighed by what counts in it.
+micro-batches and to processes (`accelerate launch`): each part is weighed by what counts in it. Processes have all of
+what is trained, or a share of it each (FSDP, `sharding.py`); checkpoints hold whole tensors in both cases.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,9 +40,11 @@ from compress.errors import CompressError, StartError
 from compress.examples import IGNORED
 from compress.processes import process_count
 from compress.progress import Progress, Step
+from compress.sharding import WholeAdamW, free_gathered, set_aside, sharded, shared_out, unseen_by_accelerate, whole
+from compress.training_folder import latest_checkpoint, place_for
 from compress.training_windows import WholeSteps, WindowsDataset, together
 
-_TRAINED, _BEST, _LOSSES, _STATE = "trained.safetensors", "best.safetensors", "losses.json", "trainer_state.json"
+_TRAINED, _BEST, _LOSSES = "trained.safetensors", "best.safetensors", "losses.json"
 #: Seconds between checkpoints: what a killed run loses at most.
 CHECKPOINT_SECONDS = 60.0
 
@@ -108,6 +109,7 @@ def train(
 ) -> Training:
     """Trains the parameters of `groups` in place, all others staying as they are.
 
+    An objective of which a step may leave trained parameters out says so by `may_leave_unused`.
     `objective(input_ids=..., attention_mask=...)` gives the mean loss of a batch of windows [batch, length], the mask
     only where the windows have one; one whose forward takes `labels` gets those of the windows. The items of any other
     `Dataset`, mappings of tensors with their `row`, are given to it as they are. Windows are shuffled anew each epoch
@@ -120,14 +122,16 @@ def train(
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(True)
-    with _folder(folder) as kept, (progress or Progress()).step(title, total=schedule.steps) as step, _quiet():
+    with place_for(folder) as kept, (progress or Progress()).step(title, total=schedule.steps) as step, _quiet():
         trainer = _Trainer(objective, groups, windows, schedule, kept, title, str(device), folder is not None)
         trainer.held_out = held_out if schedule.evaluate_every else None
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watch(trainer, step, folder is not None))
-        latest = _latest(kept)
-        if latest is None or not trainer.ended_at(latest):
-            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        latest = latest_checkpoint(kept)
+        with set_aside(objective, torch.device(device)):
+            if latest is None or not trainer.ended_at(latest):
+                trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+                trainer.bring_back()
         trainer.take_best()
     objective.requires_grad_(False)
     return Training(trainer.losses, trainer.evaluations, trainer.best_step)
@@ -139,7 +143,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         folder: Path, title: str, device: str, keeps: bool,
     ):  # fmt: skip
         self.groups, self.schedule, self.title = groups, schedule, title
-        self.objective = objective
+        self.objective = self.running = objective  # `running`: what is trained, shares of the objective with FSDP
         self.takes_labels = "labels" in inspect.signature(objective.forward).parameters
         self.losses: list[float] = []
         self.evaluations: list[dict[str, float]] = []
@@ -161,8 +165,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
             seed=schedule.seed, data_seed=schedule.seed, bf16=schedule.bf16, use_cpu=device == "cpu",
             max_grad_norm=schedule.max_grad_norm, save_strategy="no", save_total_limit=1 if keeps else None,
             logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
-            dataloader_pin_memory=device != "cpu", label_names=[], ddp_find_unused_parameters=False,
-            ddp_broadcast_buffers=False,
+            dataloader_pin_memory=device != "cpu", label_names=[], ddp_broadcast_buffers=False,
+            ddp_find_unused_parameters=getattr(objective, "may_leave_unused", False),
         )  # fmt: skip
         self.whole = not isinstance(windows, Windows)  # whether the objective takes all that an item holds
         texts = windows if self.whole else WindowsDataset(windows)
@@ -172,10 +176,22 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return WholeSteps(len(self.train_dataset), self.schedule.batch_size, self.schedule.seed)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        with unseen_by_accelerate():
+            super().create_accelerator_and_postprocess()
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        groups = [{"params": list(group.parameters), "lr": group.learning_rate} for group in self.groups]
+        """The first thing done once a checkpoint has been read: here the parameters become shares, where they do."""
+        names = {id(parameter): name for name, parameter in self.objective.named_parameters()}
+        if sharded():
+            self.running = shared_out(self.objective, self.args.device, self.title)
+        trained = dict(self.running.named_parameters())
+        groups = [
+            {"params": [trained[names[id(p)]] for p in group.parameters], "lr": group.learning_rate}
+            for group in self.groups
+        ]
         # Scales and gradients of small models are tiny: Adam's usual epsilon would be the larger part of the divisor.
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = WholeAdamW(
             groups, betas=self.schedule.betas, eps=1e-12, weight_decay=self.schedule.weight_decay
         )
         return self.optimizer
@@ -187,6 +203,12 @@ class _Trainer(Trainer):  # type: ignore[misc]
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """What is shared out needs no wrapping; the Trainer wraps what is not for several processes."""
+        if self.running is self.objective:
+            return super()._wrap_model(model, training, dataloader)
+        return self.running
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """What counts in all micro-batches of a step, of all processes."""
@@ -244,7 +266,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def evaluate_held_out(self, step: int) -> float:
         """The loss on the held-out windows; the weights are kept where it is the lowest so far."""
         assert self.held_out is not None
-        self.objective.eval()
+        self.running.eval()
         data, lost, count = WindowsDataset(self.held_out), 0.0, 0
         size = int(self.args.per_device_train_batch_size)
         for start in range(0, len(data), size):
@@ -252,10 +274,11 @@ class _Trainer(Trainer):  # type: ignore[misc]
             batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
             with self.compute_loss_context_manager():
                 counted = self._counted(batch)
-                lost, count = lost + float(self._loss(self.objective, batch)) * counted, count + counted
+                lost, count = lost + float(self._loss(self.running, batch)) * counted, count + counted
+        free_gathered(self.running)
         loss = lost / max(count, 1)
         if not self.evaluations or loss < min(entry["loss"] for entry in self.evaluations):
-            self.best = {name: p.detach().clone() for name, p in self._trained()}
+            self.best = {name: value.clone() for name, value in self._values().items()}
         self.evaluations.append({"step": step, "loss": loss})
         return loss
 
@@ -279,22 +302,38 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return self.exhausted
 
     @torch.no_grad()
+    def bring_back(self) -> None:
+        """The values of the shares, where there are any, into the objective's own parameters."""
+        if self.running is not self.objective:
+            values = self._values()
+            for name, parameter in self._trained():
+                parameter.copy_(values[name])
+
+    @torch.no_grad()
     def take_best(self) -> None:
         """Back to the weights of the best evaluation."""
         for name, parameter in self._trained():
             if name in self.best:
                 parameter.copy_(self.best[name])
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """What is trained and the losses so far; the Trainer adds its own state, last of all `trainer_state.json`."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What is trained and the losses so far; the Trainer adds its own state, last of all `trainer_state.json`. All
+        processes gather, the first writes."""
         assert output_dir is not None
+        trained = {name: value.contiguous() for name, value in self._values().items()}
+        if not self.args.should_save:
+            return
         os.makedirs(output_dir, exist_ok=True)
-        trained = {name: p.detach().contiguous() for name, p in self._trained()}
         save_file(trained, os.path.join(output_dir, _TRAINED))
         if self.best:
             save_file({n: t.contiguous() for n, t in self.best.items()}, os.path.join(output_dir, _BEST))
         said = {"losses": self.losses, "evaluations": self.evaluations}
         Path(output_dir, _LOSSES).write_text(json.dumps(said), encoding="utf-8")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            self.optimizer.state_dict()  # the first process asks for it as well, and they gather it together
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         stored = load_file(os.path.join(resume_from_checkpoint, _TRAINED))
@@ -304,12 +343,14 @@ class _Trainer(Trainer):  # type: ignore[misc]
         said = json.loads(Path(resume_from_checkpoint, _LOSSES).read_text(encoding="utf-8"))
         self.losses, self.evaluations = said["losses"], said["evaluations"]
         if os.path.exists(os.path.join(resume_from_checkpoint, _BEST)):
-            self.best = load_file(os.path.join(resume_from_checkpoint, _BEST), device=str(self.args.device))
+            self.best = load_file(os.path.join(resume_from_checkpoint, _BEST))
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return (
-            (name, p) for name, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.requires_grad
-        )
+        return ((name, p) for name, p in self.objective.named_parameters() if p.requires_grad)
+
+    def _values(self) -> dict[str, Tensor]:
+        """What is trained, as it is now: whole tensors, for which all processes have to ask together."""
+        return {name: whole(p.detach()) for name, p in self.running.named_parameters() if p.requires_grad}
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
@@ -340,26 +381,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
             self.saved = time.monotonic()
         return control
-
-
-@contextmanager
-def _folder(folder: Path | None) -> Iterator[Path]:
-    if folder is not None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield Path(scratch)
-
-
-def _latest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; those that are not are removed."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"], checkpoint))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-    return max(whole)[1] if whole else None
 
 
 @contextmanager

@@ -194,7 +194,10 @@ class Guest(Stage):
         """What this process made, the run's own process keeps."""
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return make()
+        """As the run's own process does: what that one has kept is not made again, for processes may make it
+        together."""
+        path = self.folder / f"{name}.json"
+        return dict(read_json(path)) if path.exists() else make()
 
 
 class Workspace:

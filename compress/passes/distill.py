@@ -140,6 +140,7 @@ class Distill(Pass):
 
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         """Makes the student, trains it, and keeps every block and what is outside them."""
+        from compress.sharding import sharded
         from compress.student import make_student
         from compress.teaching import TeacherSource
         from compress.trainable import covered
@@ -148,6 +149,11 @@ class Distill(Pass):
             raise StartError("distill needs training text: give training=[...] (texts or token ids).")
         if not model.resident:
             raise StartError("distill trains the whole model at once: use residency: memory.")
+        if self.on_policy and sharded():
+            raise StartError(
+                "distill: on_policy has no form where the weights are shared out (FSDP), since each process would "
+                "write texts of another length: leave it out, or train with distributed_type: MULTI_GPU."
+            )
         source = TeacherSource(self.teacher, model, context)
         self._check_student(model)
         self._check_tokenizers(source, context)
