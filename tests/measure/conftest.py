@@ -86,7 +86,7 @@ def same_process(monkeypatch):
     from compress.errors import CompressError
     from compress.measure import worker
 
-    def run_child(command, *, what, threads, out=None):
+    def run_child(command, *, out=None, **_):
         if worker.main(command[-1]) != 0:
             raise CompressError(json.loads((out / "result.json").read_text())["error"])
 
