@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--lessons", type=int, default=2000)
-    parser.add_argument("--rehearsal", type=int, default=2000)
+    parser.add_argument("--rehearsal", type=int, default=1000)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
