@@ -13,18 +13,20 @@ RESULTS = Path(__file__).parent / "results"
 
 def arguments(doc: str | None, *paths: str, **others: dict[str, Any]) -> argparse.Namespace:
     """What was given on the command line: MODEL, --calibration, --evaluation, --name, --length, --samples,
-    --separator, --calibration-seed, and `others` (as of `add_argument`). Those that are paths, `paths` too, become
+    --separator, --calibration-seed, and `others` (as of `add_argument`), which may be one of these. Those that are paths, `paths` too, become
     absolute ones; what is no file (builtin:tiny) stays."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--samples", type=int)
-    parser.add_argument("--separator", default="bos", choices=["bos", "none"])
-    parser.add_argument("--calibration-seed", type=int, default=1234)
-    for name, how in others.items():
+    shared: dict[str, dict[str, Any]] = {
+        "calibration": {"required": True},
+        "evaluation": {"required": True},
+        "name": {"required": True},
+        "length": {"type": int, "default": 256},
+        "samples": {"type": int},
+        "separator": {"default": "bos", "choices": ["bos", "none"]},
+        "calibration_seed": {"type": int, "default": 1234},
+    }
+    for name, how in {**shared, **others}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **how)
     options = parser.parse_args()
     for name in ("model", "calibration", "evaluation", *paths):

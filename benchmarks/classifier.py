@@ -38,6 +38,7 @@ def main() -> None:
     options = arguments(
         __doc__,
         "training",
+        calibration={},
         training={"required": True},
         epochs={"type": int, "default": 3},
         batch_size={"type": int, "default": 16},
