@@ -13,8 +13,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def arguments(doc: str | None, *paths: str, **others: dict[str, Any]) -> argparse.Namespace:
     """What was given on the command line: MODEL, --calibration, --evaluation, --name, --length, --samples,
-    --separator, --calibration-seed, and `others` (as of `add_argument`), which may be one of these. Those that are paths, `paths` too, become
-    absolute ones; what is no file (builtin:tiny) stays."""
+    --separator, --calibration-seed, and `others` (as of `add_argument`), which may be one of these. Those that are
+    paths, `paths` too, become absolute ones; what is no file (builtin:tiny) stays."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("model")
     shared: dict[str, dict[str, Any]] = {
