@@ -26,6 +26,7 @@ from compress.errors import CompressError, StartError
 
 STEM = "model"  # what transformers calls the weights: model.safetensors, model-00001-of-00002.safetensors
 MAX_SHARD_BYTES = 5 * 10**9
+MOVED_BYTES, ALIGNMENT = 16 * 2**20, 64  # of mapped tensors of floats
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -121,7 +122,7 @@ class TensorSource:
     def map(self, name: str) -> Tensor:
         """The tensor as pages of the file, read when they are touched; what is written to it stays in memory.
 
-        For a model that only runs: whoever loads it touches no weight, and pages can be had again from the file.
+        For a model that only runs: whoever loads it touches no weight.
         """
         file, start, info = self._place(name)
         if math.prod(info.shape) == 0:
@@ -131,7 +132,10 @@ class TensorSource:
             pages = np.memmap(file, dtype=np.uint8, mode="c", offset=start, shape=(size,))
         except (OSError, ValueError) as error:
             raise CompressError(f"{file}: {name} cannot be read: {error}.") from error
-        return torch.from_numpy(pages).view(info.dtype).view(info.shape)
+        tensor = torch.from_numpy(pages).view(info.dtype).view(info.shape)
+        # Products of floats sum in an order that hangs on where they lie: those that are no great loss are moved.
+        moved = info.dtype.is_floating_point and size <= MOVED_BYTES and tensor.data_ptr() % ALIGNMENT
+        return tensor.clone() if moved else tensor
 
     def _place(self, name: str) -> _Place:
         try:

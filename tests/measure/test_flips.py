@@ -7,8 +7,8 @@ from compress.measure.benchmark import measure_compressed, measure_original
 from compress.measure.comparison import compare
 from compress.measure.flips import SHOWN, flips, worst
 from compress.measure.measurements import BenchmarkJob
+from compress.reports.markdown import markdown
 from compress.reports.report import Report
-from compress.reports.table import markdown
 from compress.testing import tiny_tokenizer
 
 
@@ -100,6 +100,6 @@ def test_the_report_holds_flips_and_worst_texts_and_shows_them_in_words(measured
     assert again.worst == report.worst
     text = markdown(again)
     assert "## Items that changed sides" in text
-    assert "## Where the models differ most" in text
+    assert "## Text on which the models differ most" in text
     assert again.comparison["accuracy/pairs"].p_adjusted is not None
     assert Report().to_json().count("flips") == 0
