@@ -285,7 +285,8 @@ def _context(
         calibration=ready.calibration if pass_.takes_calibration or pass_.needs_training else None,
         training=ready.training if pass_.needs_training else None,
         original=(lambda: _original(ready, recipe)) if pass_.needs_teacher else None,
-        original_folder=ready.folder if pass_.needs_teacher else None,
+        # with fewer tokens, the original is no longer what its folder holds
+        original_folder=ready.folder if pass_.needs_teacher and ready.kept_tokens is None else None,
         tokenizer=ready.tokenizer,
         texts=partial(recipe_texts, recipe, ready.tokenizer, model.context_length),
         tasks=ready.job.items if ready.job is not None else {},

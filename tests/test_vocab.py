@@ -278,3 +278,19 @@ def test_positions_counted_from_the_padding_token_keep_it_in_its_place():
     tokens = torch.full((2, 8), 7)
     with pytest.raises(CompressError, match="counts positions from the id of its padding token, 5"):
         compress.Vocab(multiple=1)(RobertaForMaskedLM(config).eval(), calibration=tokens)
+
+
+@pytest.mark.parametrize("losses", [["labels"], ["kl"]])
+def test_what_is_distilled_afterwards_has_the_original_with_the_tokens_that_are_left_as_its_teacher(
+    folder, tmp_path, losses, unverified
+):
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps({"good": text, "bad": text[::-1]}) + "\n" for text in DOMAIN[:4]))
+    text = {"source": str(folder / "text.jsonl"), "samples": 8, "length": 16}
+    report = run(_values(
+        folder, tmp_path / "run", data={"calibration": text, "training": text},
+        passes=[{"depth": {"layers": 2}}, {"vocab": {}}, {"distill": {"losses": losses, "steps": 2, "batch_size": 4}}],
+        benchmark={"tasks": [str(items)], "metrics": ["accuracy"]},
+    ))  # fmt: skip
+    areas = report.stages[2].measurements["areas"]
+    assert areas["teacher"]["items"] == report.original["accuracy/items"].value
