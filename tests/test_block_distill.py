@@ -119,6 +119,7 @@ def test_a_model_of_other_blocks_is_refused():
         _distill(tiny_model("llama"), train="scales")
 
 
+@pytest.mark.slow
 def test_runs_with_blocks_on_disk_or_killed_and_continued_leave_the_same_bytes(tmp_path, unverified, monkeypatch):
     folder = save_tiny(tmp_path / "model")
 

@@ -371,6 +371,7 @@ compress.pipeline.run(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_a_budget_and_a_rounded_embedding_ends_with_the_same_bytes(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def test_the_weights_are_those_without_it(folders):
         assert (base / name / "model" / "config.json").read_bytes() == (base / "rtn/model/config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_of_kv_cache_alone_leaves_the_original_weights(tiny_folder, tmp_path):
     for residency in ("memory", "disk"):
         run(recipe(tiny_folder, tmp_path / residency, CACHE, residency=residency))
@@ -163,6 +164,7 @@ def test_padded_windows_score_as_those_that_are_not():
     assert padded[0] == pytest.approx(float(window_scores(model, tokens[:1, :19]).nll), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_quality_through_the_cache(folders, tiny_folder, text_file, tmp_path):
     data = {"evaluation": {"source": str(text_file), "samples": 4, "length": 48}}
     changes = {"data": data, "benchmark": {"metrics": ["perplexity", "kl_divergence"]}}

@@ -110,6 +110,7 @@ def test_a_changed_recipe_on_an_old_folder_is_refused_with_what_changed(finished
     assert content(output) == before
 
 
+@pytest.mark.slow
 def test_fresh_starts_over_with_a_changed_recipe(tiny_folder, text_file, tmp_path):
     passes = [{"rtn": {"bits": 8, "group_size": 16}}]
     run(recipe(tiny_folder, text_file, tmp_path / "out", passes=passes))
@@ -233,6 +234,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_uninterrupted_on
     assert reports[0]["stages"][0]["seconds"] == seconds, "a finished pass was done again"
 
 
+@pytest.mark.slow
 def test_gpt2_is_written_unpacked_with_the_codes_beside_it(text_file, tmp_path):
     folder = save_tiny(tmp_path / "gpt2", "gpt2")
     report = run(recipe(folder, text_file, tmp_path / "out", passes=[{"rtn": {"bits": 4, "group_size": 16}}]))

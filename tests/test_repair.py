@@ -110,6 +110,7 @@ def _values(folder, output, lora=None):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_walk_ends_with_the_same_bytes(folder, tmp_path, monkeypatch, unverified):
     run(_values(folder, tmp_path / "whole"))
     from compress.passes import repair
@@ -132,6 +133,7 @@ def test_a_run_killed_in_the_walk_ends_with_the_same_bytes(folder, tmp_path, mon
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_lora_goes_on_from_what_repair_left(folder, tmp_path, unverified):
     lora = {"init_lora_weights": "repair", "tokens": 8 * 16 * 4, "batch_size": 8, "learning_rate": 1e-3}
     repaired, trained = run(_values(folder, tmp_path / "a")), run(_values(folder, tmp_path / "b", lora))

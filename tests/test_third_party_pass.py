@@ -37,6 +37,7 @@ def in_site(site, *command):
     )
 
 
+@pytest.mark.slow
 def test_the_guides_test_passes_as_written(site):
     done = in_site(site, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_soften.py")
     assert done.returncode == 0, done.stdout + done.stderr

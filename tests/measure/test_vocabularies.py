@@ -65,6 +65,7 @@ def test_tokens_that_do_not_fit_the_context_are_counted_and_left_out():
     assert paired_windows(tokens, None, table, [], 4).left_out == 2
 
 
+@pytest.mark.slow
 def test_a_run_compares_the_models_on_the_same_text(folder, tmp_path):  # noqa: F811
     values = _values(folder, tmp_path / "out")
     values["data"]["evaluation"] = {"source": str(folder / "text.jsonl"), "samples": 6, "length": 16}
