@@ -396,6 +396,5 @@ def _layout(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
         }  # fmt: skip
         end += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header = (len(text) + -len(text) % 8).to_bytes(8, "little") + text + b" " * (-len(text) % 8)
     return header, {name: len(header) + start for name, start in starts.items()}, end

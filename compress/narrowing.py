@@ -50,6 +50,8 @@ class Narrowing:
         #: For each kind of part, the stacks of blocks with fewer of it, without weights, by name.
         self.smaller = [_stacks(model, config) for config in trial]
         self.probe = self._probe()
+        #: Layers whose inputs could not be ranked by what is lost after the fit.
+        self.by_what_they_give: list[str] = []
 
     def _probe(self) -> CalibrationStream:
         """What blocks are checked on; a new one for every walk, as it goes from stack to stack and never back."""
@@ -65,6 +67,7 @@ class Narrowing:
     def measured(self, mixes: Sequence[Mix]) -> dict[str, Any]:
         """`orders`: for each block (by name) and kind of part, which go, the first to go first. `costs`: of each of
         `mixes`, the divergence of the model that it leaves from the one that there is; zeros where there is no choice.
+        `by_what_they_give`: layers whose inputs could be ranked in no other way.
         """
         stage = self.context.stage
         return stage.once("importance", lambda: self._measure(mixes)) if stage else self._measure(mixes)
@@ -97,7 +100,7 @@ class Narrowing:
                 stream.advance(block)
                 step.advance(block.name)
         costs = divergence(trial, trial.hidden, streams) if trial is not None else [0.0]
-        return {"orders": orders, "costs": costs}
+        return {"orders": orders, "costs": costs, "by_what_they_give": self.by_what_they_give}
 
     def _order(
         self, block: Block, place: Places | None, hessian: Tensor, most: int, known: Sequence[float] | None
@@ -112,7 +115,7 @@ class Narrowing:
             try:
                 return eliminate(block.layers()[place.reader].weight, hessian, groups, most, self.pass_.damping)
             except NotPositiveDefinite:  # then by what they give
-                pass
+                self.by_what_they_give.append(f"{block.name}.{place.reader}")
         order += score.argsort(stable=True)[:most].tolist()
         return order
 

@@ -96,7 +96,7 @@ def test_the_batch_of_the_tokenizer_does_not_show(
     source = jsonl(tmp_path / "t.jsonl", *STORIES)
     entry = DataEntry(source=source, length=10, samples=4)
     whole = token_windows(entry, "evaluation", tokenizer, 64)
-    monkeypatch.setattr("compress.data._BATCH", 3)
+    monkeypatch.setattr("compress.cutting._BATCH", 3)
     again = token_windows(entry, "evaluation", tokenizer, 64)
     assert again.fingerprint == whole.fingerprint
     assert again.tokens_total == whole.tokens_total

@@ -284,7 +284,9 @@ class Width(StructuralPass):
         config = self._config(model.model, units, mix)
         records, coverage = work.cut(config, mix, found["orders"])
         sizes = {kind.what: kind.size(count) for kind, count in zip(units, mix, strict=True)}
-        said = {"parameters_before": before, "parameters": parameters_of(model.model), **sizes}
+        said: dict[str, Any] = {"parameters_before": before, "parameters": parameters_of(model.model), **sizes}
+        if found["by_what_they_give"]:
+            said["ranked_by_what_they_give"] = found["by_what_they_give"]
         return PassResult(model, records, coverage, said)
 
     def _run_narrow(self, model: ModelHandle, context: Context, before: int) -> PassResult:
