@@ -94,7 +94,8 @@ def main() -> None:
     teacher, student = rows["half, distilled"]["original"], rows["half, distilled"]["compressed"]
     kept, faster = (student[key] / teacher[key] for key in ("accuracy", "prefill_tokens_per_second"))
     table += ["", f"The half model keeps {kept:.1%} of the accuracy and reads {faster:.2f} times as fast (in turn)."]
-    result = {"options": {**vars(options), "model": Path(options.model).name}, "rows": rows}
+    named = {key: Path(value).name if isinstance(value, str) else value for key, value in vars(options).items()}
+    result = {"options": named, "rows": rows}
     write_result(f"classifier-{options.name}", result, "\n".join(table) + "\n")
     print("\n".join(table))
 
