@@ -34,6 +34,19 @@ def with_head(encoder: str, training: str, folder: Path) -> str:
     return str(folder)
 
 
+def table(rows: dict[str, Any]) -> str:
+    """The rows as Markdown, and what the half model keeps."""
+    shown = ("accuracy", "f1", "weights_bytes", "prefill_tokens_per_second")
+    lines = ["| model | " + " | ".join(shown) + " | seconds of training |", "|---|" + "---|" * (len(shown) + 1)]
+    for name, row in rows.items():
+        cells = [f"{row['compressed'].get(key) or 0:,.4g}" for key in shown]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['training_seconds']:.0f} |")
+    teacher, student = rows["half, distilled"]["original"], rows["half, distilled"]["compressed"]
+    kept, faster = (student[key] / teacher[key] for key in ("accuracy", "prefill_tokens_per_second"))
+    lines += ["", f"The half model keeps {kept:.1%} of the accuracy and reads {faster:.2f} times as fast (in turn)."]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     options = arguments(
         __doc__,
@@ -86,18 +99,11 @@ def main() -> None:
         run("whole", base, [{"distill": whole}], place / "whole")
         run("lora", base, [{"lora": lora}], place / "lora")
         run("half, distilled", str(place / "whole" / "model"), [{"distill": half}], place / "half")
-    shown = ("accuracy", "f1", "weights_bytes", "prefill_tokens_per_second")
-    table = ["| model | " + " | ".join(shown) + " | seconds of training |", "|---|" + "---|" * (len(shown) + 1)]
-    for name, row in rows.items():
-        cells = [f"{row['compressed'].get(key) or 0:,.4g}" for key in shown]
-        table.append(f"| {name} | " + " | ".join(cells) + f" | {row['training_seconds']:.0f} |")
-    teacher, student = rows["half, distilled"]["original"], rows["half, distilled"]["compressed"]
-    kept, faster = (student[key] / teacher[key] for key in ("accuracy", "prefill_tokens_per_second"))
-    table += ["", f"The half model keeps {kept:.1%} of the accuracy and reads {faster:.2f} times as fast (in turn)."]
+    text_table = table(rows)
     named = {key: Path(value).name if isinstance(value, str) else value for key, value in vars(options).items()}
     result = {"options": named, "rows": rows}
-    write_result(f"classifier-{options.name}", result, "\n".join(table) + "\n")
-    print("\n".join(table))
+    write_result(f"classifier-{options.name}", result, text_table)
+    print(text_table)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ from typing import Any
 
 from compress.registry import yaml_words
 
+#: Where and how the work is done: this decides neither the model nor what a card says of it.
+HOW_IT_IS_DONE = ("output", "device", "residency", "memory", "min_coverage")
+
 
 def decisive(canonical: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a canonical recipe that decides the compressed model.
 
-    Left out: what is measured (`benchmark`, `data.evaluation`), where and how the work is done (`output`, `device`,
-    `residency`, `memory`), and the gate `min_coverage`.
+    Left out: what is measured (`benchmark`, `data.evaluation`), and `HOW_IT_IS_DONE`.
     """
     kept = {key: canonical.get(key) for key in ("model", "dtype", "passes", "export", "runtime", "seed")}
     data = canonical.get("data") or {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from compress.errors import CompressError
 from compress.measure.fork_server import ForkServer
 from compress.measure.jobs import JobResult, fingerprint, key_of, run_job
 from compress.measure.measurements import BenchmarkJob, Measurements
-from compress.progress import Progress, Step
+from compress.progress import Progress
 from compress.registry import RUNTIMES
 
 if TYPE_CHECKING:
@@ -43,16 +42,11 @@ class Place:
         reusable: bool = False,
     ) -> JobResult:  # fmt: skip
         """One job, shown as a step of its own. `reusable`: its figures repeat, so that later runs may have them."""
-        with self._step(title) as step:
+        with self.progress.step(title) as step:
             return run_job(
                 job, self.workdir, inputs=inputs, key=key, kept_in=self.kept_in if reusable else None,
                 server=self.server, step=step,
             )  # fmt: skip
-
-    @contextmanager
-    def _step(self, title: str) -> Iterator[Step]:
-        with self.progress.step(title) as step:
-            yield step
 
 
 def artifact(folder: Path, runtime: str) -> Path | None:

@@ -16,13 +16,12 @@ import yaml
 
 from compress import __version__
 from compress.recipe import Recipe
+from compress.recipe_changes import HOW_IT_IS_DONE
 from compress.reports.again import recipe_yaml
 from compress.reports.headline import quality_words, size_words
 from compress.reports.markdown import comparison_rows
 from compress.reports.report import Report, Stage
 
-#: Keys of a recipe that decide neither the model nor what is said of it here.
-_HOW_IT_IS_DONE = ("output", "device", "residency", "memory", "min_coverage")
 #: What begins like this, or ends so, is another figure on another machine, or another day.
 _OF_THE_MACHINE = ("peak_memory", "energy", "first_token")
 
@@ -39,7 +38,7 @@ def model_card(
         head["base_model"] = base
     stated = licence(folder)
     head |= {key: value for key, value in stated.items() if key.startswith("license")}
-    said = {key: value for key, value in recipe.canonical().items() if key not in _HOW_IT_IS_DONE}
+    said = {key: value for key, value in recipe.canonical().items() if key not in HOW_IT_IS_DONE}
     shown = recipe_yaml(Report(name=recipe.name, recipe=_without_folders(said)))
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",

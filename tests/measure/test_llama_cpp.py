@@ -186,19 +186,14 @@ def test_a_run_exports_verifies_and_reports(tmp_path):
     assert "exports/gguf" in (tmp_path / "run/report.md").read_text()
 
 
-def test_without_the_engine_an_export_is_refused_at_the_start(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "extra"), [("compress.measure.llama_cpp", "llama-cpp"), ("compress.formats.gguf", "gguf")]
+)
+def test_without_the_engine_or_the_writer_an_export_is_refused_at_the_start(tmp_path, monkeypatch, module, extra):
     model = save_tiny(tmp_path / "tiny")
-    monkeypatch.setattr("compress.measure.llama_cpp.find_spec", lambda name: None)
+    monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     recipe = {"model": str(model), "passes": [{"rtn": {"grid": "gguf-q4_0"}}], "export": ["gguf"], "benchmark": False}
-    with pytest.raises(StartError, match=r"export: .*pip install 'compress\[llama-cpp\]'"):
-        compress.plan(Recipe.from_dict(recipe))
-
-
-def test_without_the_writer_an_export_is_refused_at_the_start(tmp_path, monkeypatch):
-    model = save_tiny(tmp_path / "tiny")
-    monkeypatch.setattr("compress.formats.gguf.find_spec", lambda name: None)
-    recipe = {"model": str(model), "passes": [{"rtn": {"grid": "gguf-q4_0"}}], "export": ["gguf"], "benchmark": False}
-    with pytest.raises(StartError, match=r"export: .*pip install 'compress\[gguf\]'"):
+    with pytest.raises(StartError, match=rf"export: .*pip install 'compress\[{extra}\]'"):
         compress.plan(Recipe.from_dict(recipe))
 
 
