@@ -119,7 +119,7 @@ def with_bitsandbytes(model: PreTrainedModel) -> PreTrainedModel:
             )
             new.load_state_dict({"weight": layer.weight.data})
             found.set_submodule(name, new.to("cpu"))
-    return found
+    return found.eval()  # in training it keeps to an order that its kernel for one row cannot read
 
 
 def with_torchao(model: PreTrainedModel) -> PreTrainedModel:
