@@ -270,6 +270,8 @@ def _with_scale_dtype(spec: QuantSpec, source: TensorSource, layer: str) -> Quan
     name = f"{layer}.weight_scale"
     if name not in source:
         raise CompressError(f"{source.folder}: {name} is missing, though {layer} is said to be packed.")
+    if spec.super_block is not None:
+        return spec
     dtype = _word(source.info(name).dtype)
     if dtype not in SCALE_DTYPES:
         raise CompressError(f"{source.folder}: {name} is {dtype}; scales are one of {', '.join(SCALE_DTYPES)}.")

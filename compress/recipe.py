@@ -189,6 +189,7 @@ def _build(document: Document, name: str, overrides: Sequence[str], replaced: Ma
         "output": str(check.path(("output",) if shell.output else (), output)),
     }
     check.names(("export",), shell.export, FORMATS)
+    _exports(check, shell.export, passes)
     if shell.memory is not None:
         _sized(check, shell.memory)
     for index, sentence in check_order(passes):
@@ -205,6 +206,17 @@ def _build(document: Document, name: str, overrides: Sequence[str], replaced: Ma
     recipe = shell.model_copy(update=update)
     recipe._name, recipe._base = name, document.base
     return recipe
+
+
+def _exports(check: Checker, exports: Sequence[str], passes: Sequence[Pass]) -> None:
+    """Notes formats that cannot hold the grid of a pass, whatever the model."""
+    grids = [grid for step in passes if (grid := getattr(step, "grid", None)) is not None]
+    for index, name in enumerate(exports if grids else ()):
+        form = FORMATS.get(name)() if name in FORMATS else None
+        for grid in grids if form is not None else ():
+            reason = form.refuses_grid(grid)
+            if reason is not None:
+                check.problem(("export", index), reason)
 
 
 def _sized(check: Checker, memory: str | int) -> None:

@@ -324,11 +324,11 @@ def check_order(passes: Iterable[Pass], states: Iterable[str] = ()) -> list[tupl
     present: dict[str, int | None] = dict.fromkeys(states)
     present.pop("dense", None)
     for index, step in enumerate(steps):
-        bad = next((state for state in present if state not in step.accepts), None)
+        bad = next((state for state in present if state not in step.taken()), None)
         if bad is not None:
             refused.append((index, _order_sentence(steps, index, bad, present[bad], present)))
-        elif not present and "dense" not in step.accepts:
-            refused.append((index, f"cannot come here: it takes {_weights(step.accepts)}, and the model's are dense."))
+        elif not present and "dense" not in step.taken():
+            refused.append((index, f"cannot come here: it takes {_weights(step.taken())}, and the model's are dense."))
         elif step.leaves not in ("dense", "same"):
             present.setdefault(step.leaves, index)
         elif step.changes_weights:
@@ -340,7 +340,7 @@ def _order_sentence(
     steps: Sequence[Pass], index: int, state: str, cause: int | None, present: Mapping[str, int | None]
 ) -> str:
     step = steps[index]
-    takes = f"it takes {_weights(step.accepts)}"
+    takes = f"it takes {_weights(step.taken())}"
     if cause is None:
         return f"cannot work on this model: {takes}, and the model's are {state}."
     before = steps[cause]
@@ -349,7 +349,7 @@ def _order_sentence(
         return f"{sentence} Leave one of the two out."
     earlier = {other for other, at in present.items() if at is None or at < cause}
     swapped = earlier | ({step.leaves} - {"dense", "same"})
-    if earlier <= step.accepts and swapped <= before.accepts:
+    if earlier <= step.taken() and swapped <= before.taken():
         return f"{sentence} Put {step.name} first."
     return f"{sentence} Leave one of the two out."
 

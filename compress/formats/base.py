@@ -98,6 +98,11 @@ class Format(ABC):
         `dtype` is the model's, `kinds` what `layer_kinds` says, `specs` the quantized layers by name.
         """
 
+    def refuses_grid(self, grid: str) -> str | None:
+        """One sentence on why no layer rounded on this grid (a key of `NAMED_GRIDS`) can be held, or None. Needs no
+        model: a recipe is refused as it is read."""
+        return None
+
     def refuses_model(self, contents: Contents) -> str | None:
         """One sentence on why this architecture or these shapes cannot be held, or on what is not installed; or None.
 
@@ -170,6 +175,24 @@ def foreign(name: str, specs: Mapping[str, QuantSpec]) -> str | None:
     if any(isinstance(spec, BnbSpec) for spec in specs.values()):
         return f"{name} does not hold the layers that the pass bnb makes; they are written as bitsandbytes."
     return None
+
+
+def with_super_blocks(specs: Mapping[str, QuantSpec]) -> str | None:
+    """The grid of the first layer that has super-blocks, or None."""
+    return next((spec.grid for spec in specs.values() if spec.super_block is not None), None)
+
+
+def super_blocks_in_words(name: str, grid: str) -> str | None:
+    """Why the format `name` cannot hold layers on this grid, if it is one with super-blocks; or None."""
+    from compress.maths.grid import SUPER_BLOCKS
+
+    if grid not in SUPER_BLOCKS:
+        return None
+    return (
+        f"{name} holds a scale for each group, and no super-blocks, which grid {grid} has: export gguf holds them, and "
+        f"model/ has the rounded weights unpacked; {name} holds what is rounded with bits, group_size and symmetric in "
+        "the grid's place."
+    )
 
 
 def of_kind(kind: str, kinds: Mapping[str, str], names: Iterable[str]) -> list[str]:

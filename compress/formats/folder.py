@@ -14,7 +14,7 @@ from typing import Any
 
 from compress.checkpoint import atomic_write_text, disk_errors, sync_folder
 from compress.errors import StartError
-from compress.formats.base import Contents, Format, of_kind
+from compress.formats.base import Contents, Format, of_kind, with_super_blocks
 from compress.nn.bnb_linear import BnbSpec
 
 HISTORY = "compress.json"
@@ -55,7 +55,8 @@ def default_format(contents: Contents) -> str:
         return "dense"
     if any(isinstance(spec, BnbSpec) for spec in contents.quantization.values()):
         return "bitsandbytes"
-    return "dense" if of_kind("Conv1D", contents.kinds, contents.quantization) else "compressed-tensors"
+    unpackable = with_super_blocks(contents.quantization) or of_kind("Conv1D", contents.kinds, contents.quantization)
+    return "dense" if unpackable else "compressed-tensors"
 
 
 def packed_export_note(contents: Contents) -> str | None:
@@ -71,6 +72,11 @@ def packed_export_note(contents: Contents) -> str | None:
         return (
             f"transformers cannot read {left[0]} packed beside these grids: model/ has it rounded, but unpacked; "
             "exports/packed has it packed, and compress.load runs from that."
+        )
+    if grid := with_super_blocks(contents.quantization):
+        return (
+            f"No folder for transformers holds the super-blocks of grid {grid} packed: model/ has the rounded weights "
+            "unpacked, exports/packed has them packed, and export gguf is what they are made for."
         )
     return (
         "The quantized layers are Conv1D, which no common format holds packed: model/ has the rounded weights "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compress.checkpoint import TensorSpec
 from compress.formats.base import Contents, Format, foreign
-from compress.formats.gguf_blocks import BLOCK_BYTES, block_kind, grids_in_words, pack_blocks
+from compress.formats.gguf_blocks import block_kind, grids_in_words, pack_blocks, pack_super_blocks, row_bytes
 from compress.formats.gguf_families import (
     FAMILIES,
     added_tensors,
@@ -33,7 +33,7 @@ from compress.formats.gguf_families import (
 from compress.formats.gguf_tokenizer import PROBE_TEXT, add_tokenizer, refuses_tokenizer
 from compress.maths.grid import QuantSpec
 from compress.nn.quant_embedding import packed_like
-from compress.nn.quant_linear import packed_tensors
+from compress.nn.quant_linear import MULTIPLES, QuantLinear, packed_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -43,6 +43,7 @@ _ALIGNMENT = 32
 _DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 #: `general.file_type` of a file that is mostly of one kind.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+_FILE_TYPES |= {"Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18}
 #: Nats a token, three times and more what was measured on trained models: see `GGUF.allowed_difference`.
 _ALLOWED = {torch.float32: 0.01, torch.float16: 0.03, torch.bfloat16: 0.2}
 _ALLOWED_BLOCKS = 0.2
@@ -60,7 +61,7 @@ class _Tensor:
     @property
     def row_bytes(self) -> int:
         columns = self.shape[-1]
-        return columns // 32 * BLOCK_BYTES[self.kind] if self.layer else columns * (4 if self.kind == "F32" else 2)
+        return row_bytes(self.kind, columns) if self.layer else columns * (4 if self.kind == "F32" else 2)
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +69,7 @@ class _Tensor:
 
 
 class GGUF(Format):
-    """One file for llama.cpp. Holds dense weights, and 4 and 8 bits on the grids of Q4_0, Q4_1 and Q8_0."""
+    """One file for llama.cpp. Holds dense weights, 4 and 8 bits on the grids of Q4_0, Q4_1 and Q8_0, and k-quants."""
 
     name = "gguf"
     runtime: ClassVar[str] = "llama.cpp"
@@ -186,10 +187,7 @@ def _data(contents: Contents, tensors: list[_Tensor]) -> Iterator[np.ndarray]:
     for t in tensors:
         rows = rows_of(contents, t.name)
         if t.layer is not None:
-            codes, scale, zero = _unpacked(contents, t.layer)
-            if rows is not None:
-                codes, scale, zero = codes[rows], scale[rows], None if zero is None else zero[rows]
-            yield pack_blocks(codes, scale, zero, t.kind)
+            yield _blocks(_unpacked(contents, t.layer), t.kind, rows)
             continue
         tensor = contents.read(t.name).cpu()
         tensor = tensor if rows is None else tensor[rows]
@@ -198,10 +196,23 @@ def _data(contents: Contents, tensors: list[_Tensor]) -> Iterator[np.ndarray]:
         yield tensor.contiguous().view(torch.uint8).numpy()
 
 
-def _unpacked(contents: Contents, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes int8 [out, in], scale and zero point [out, groups] of a packed layer."""
+def _unpacked(contents: Contents, layer: str) -> QuantLinear:
+    """A packed layer with its tensors."""
     spec = contents.quantization[layer]
     packed: Any = packed_like(contents.skeleton.get_submodule(layer), spec)
     for part in packed_tensors(packed.in_features, packed.out_features, spec):
         packed._buffers[part] = contents.read(f"{layer}.{part}").cpu()
-    return packed.codes()  # type: ignore[no-any-return]
+    return packed  # type: ignore[no-any-return]
+
+
+def _blocks(layer: QuantLinear, kind: str, rows: Tensor | None) -> np.ndarray:
+    """The layer's weight as blocks, its rows in this order."""
+
+    def ordered(tensor: Tensor) -> Tensor:
+        return tensor if rows is None else tensor[rows]
+
+    if layer.spec.super_block is None:
+        codes, scale, zero = layer.codes()
+        return pack_blocks(ordered(codes), ordered(scale), None if zero is None else ordered(zero), kind)
+    pairs = [tuple(map(ordered, layer.in_two(name))) for name in list(MULTIPLES)[: 1 + layer.spec.minima]]
+    return pack_super_blocks(ordered(layer.stored_codes()), *pairs, *([None] if len(pairs) == 1 else []), kind)

@@ -15,7 +15,7 @@ zero.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,14 +77,14 @@ def round_columns(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Every column on its grid: codes, scale, zero, and for each row `[out]` the two sums that `Sweep.run` gives."""
     columns = weight.shape[1]
-    size = spec.columns_per_group(columns)
+    size, together = spec.columns_per_group(columns), spec.columns_together(columns)
     target = weight.t().contiguous().index_select(0, factor.order).to(factor.upper.dtype)
     sweep = _Rounding(target, factor, spec, size, block_size, target == 0 if keep_zeros else None, importance)
     if grid is not None:
         sweep.set_grid(*grid)
-    lost, moved = sweep.run(size if grid is None else 0)
+    lost, moved = sweep.run(together if grid is None else 0)
     scale = sweep.scales.t().to(spec.torch_scale_dtype).contiguous()
-    zero = None if spec.symmetric else sweep.zeros.t().to(torch.int8).contiguous()
+    zero = None if spec.symmetric else sweep.zeros.t().to(spec.zero_dtype).contiguous()
     return sweep.all_codes.t().contiguous(), scale, zero, lost, moved
 
 
@@ -214,18 +214,25 @@ class _Rounding(Sweep):
             self.zeros.copy_(zero.t())
 
     def enter(self, start: int, first: int) -> None:
-        """The grid of the group that starts at column `first`, from its weights as GPTQ has moved them by now."""
-        last = first + self.size
-        one = replace(self.spec, group_size=-1)
+        """The grids of the groups that start at column `first`, one or a super-block's, from their weights as GPTQ has
+        moved them by now."""
+        last = first + self.spec.columns_together(len(self.target))
         weights = None if self.importance is None else self.importance[first:last]
-        scale, zero = find_params(self.free(first, last).t().contiguous(), one, weights is not None, weights)
-        self.scales[first // self.size] = scale[:, 0]
+        scale, zero = find_params(self.free(first, last).t().contiguous(), self.spec, weights is not None, weights)
+        groups = slice(first // self.size, last // self.size)
+        self.scales[groups] = scale.t().to(self.scales.dtype)
         if zero is not None:
-            self.zeros[first // self.size] = zero[:, 0]
+            self.zeros[groups] = zero.t().to(self.zeros.dtype)
 
     def decide(self, column: int, place: int) -> None:
         code, group = self.codes[place], self.group_of[column]
         scale, zero, symmetric = self.scales[group], self.zeros[group], self.spec.symmetric
+        if self.spec.minima:
+            torch.add(self.current[place], zero, out=code).div_(scale).round_().clamp_(0, 2 * self.spec.half_range)
+            weight = torch.addcmul(-zero, code, scale)
+            code += self.spec.qmin
+            torch.sub(self.target[column], weight, out=self.change[place])
+            return
         torch.div(self.current[place], scale, out=code).round_()
         if not symmetric:
             code += zero

@@ -36,6 +36,48 @@ NAMED_GRIDS: dict[str, dict[str, Any]] = {
 }
 SHORT_BITS = 7
 
+#: Weights of a super-block.
+SUPER_COLUMNS = 256
+
+
+@dataclass(frozen=True)
+class SuperBlock:
+    """A grid whose groups have small multiples of one float16 number as scales (`maths/super_blocks.py`).
+
+    kind: ggml's name. group_size: weights that share a multiple, of `multiple_bits` bits. minima: each group has a
+    minimum as well, made alike; then no multiple is negative.
+    """
+
+    kind: str
+    bits: int
+    group_size: int
+    multiple_bits: int
+    minima: bool
+
+    @property
+    def groups(self) -> int:
+        """Groups of a super-block."""
+        return SUPER_COLUMNS // self.group_size
+
+    @property
+    def multiples(self) -> tuple[int, int]:
+        """The smallest and the largest multiple, of scales and of minima alike."""
+        half = 1 << (self.multiple_bits - 1)
+        return (0, 2 * half - 1) if self.minima else (-half, half - 1)
+
+
+SUPER_BLOCKS = {
+    "gguf-q2_k": SuperBlock("Q2_K", 2, 16, 4, True),
+    "gguf-q3_k": SuperBlock("Q3_K", 3, 16, 6, False),
+    "gguf-q4_k": SuperBlock("Q4_K", 4, 32, 6, True),
+    "gguf-q5_k": SuperBlock("Q5_K", 5, 32, 6, True),
+    "gguf-q6_k": SuperBlock("Q6_K", 6, 16, 8, False),
+}
+NAMED_GRIDS |= {
+    name: {"bits": block.bits, "group_size": block.group_size, "symmetric": not block.minima}
+    for name, block in SUPER_BLOCKS.items()
+}
+
 # A layer is worked on a few rows at a time: temporaries stay in the processor's cache, and small beside the layer.
 CHUNK_ELEMENTS = 1 << 18
 
@@ -72,6 +114,8 @@ class QuantSpec:
             if any(getattr(self, name) != value for name, value in own.items()) or self.stored != "packed":
                 words = ", ".join(f"{name} {value}" for name, value in own.items())
                 raise StartError(f"grid {self.grid} is {words}")
+            if self.grid in SUPER_BLOCKS and self.scale_dtype != "float32":
+                raise StartError(f"scales on grid {self.grid} are float32, and scale_dtype is {self.scale_dtype}")
         if not 2 <= self.bits <= 8:
             raise StartError(f"bits is {self.bits}: 2 to 8 can be used")
         if self.group_size != -1 and self.group_size < 1:
@@ -101,6 +145,22 @@ class QuantSpec:
         return float(torch.finfo(torch.float8_e4m3fn).max) if self.stored == "float8" else float(2**self.bits - 1) / 2
 
     @property
+    def super_block(self) -> SuperBlock | None:
+        """Of a grid with super-blocks: what they hold."""
+        return SUPER_BLOCKS.get(self.grid) if self.grid is not None else None
+
+    @property
+    def minima(self) -> bool:
+        """Whether groups have a minimum, of the scale's dtype, in the place of an integer zero point:
+        `(code - qmin) * scale - minimum`."""
+        return self.grid in SUPER_BLOCKS and not self.symmetric
+
+    @property
+    def zero_dtype(self) -> torch.dtype:
+        """What a tensor of zero points is, or of minima."""
+        return torch.float32 if self.minima else torch.int8
+
+    @property
     def torch_scale_dtype(self) -> torch.dtype:
         return SCALE_DTYPES[self.scale_dtype]
 
@@ -108,6 +168,12 @@ class QuantSpec:
         """Columns that share a scale, in a layer with this many; StartError if the groups do not come out even."""
         if self.group_size == -1:
             return columns
+        if self.super_block is not None and columns % SUPER_COLUMNS:
+            raise StartError(
+                f"grid {self.grid} has super-blocks of {SUPER_COLUMNS} weights, which do not divide the {columns} "
+                "columns of the layer: name the layer in `skip`, and it stays as it is, or use a grid of blocks of "
+                f"32 ({', '.join(name for name in NAMED_GRIDS if name not in SUPER_BLOCKS)})"
+            )
         if columns % self.group_size:
             if self.grid is not None:
                 raise StartError(
@@ -125,6 +191,10 @@ class QuantSpec:
         """Groups in each row of a layer with this many columns."""
         return columns // self.columns_per_group(columns)
 
+    def columns_together(self, columns: int) -> int:
+        """Columns whose grids are found together."""
+        return self.columns_per_group(columns) if self.super_block is None else SUPER_COLUMNS
+
 
 def eight_bit_spec(layer_dtype: torch.dtype, stored: str, activations: bool) -> QuantSpec:
     """The grid of a layer whose codes are stored one an element ("int8" or "float8"), with scales of its own dtype:
@@ -140,6 +210,8 @@ def spec_for(
     A bfloat16 model may hold weights that float16 cannot; float16 scales are 8 times finer where they fit.
     """
     scale_dtype = "bfloat16" if layer_dtype == torch.bfloat16 else "float16"
+    if grid in SUPER_BLOCKS:
+        scale_dtype = "float32"
     return QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype, grid=grid)
 
 
@@ -164,7 +236,8 @@ def find_params(
     (`importance` is `[in]`, for instance the diagonal of a Hessian; all ones if None). With `importance`
     `[groups, size, size]`, the blocks on a Hessian's diagonal, it is `(w - rounded) H (w - rounded)^T`: what the group
     by itself changes of the layer's output. A symmetric grid has one code more below zero than above; the search may
-    turn it round, and the scale of such a group is negative.
+    turn it round, and the scale of such a group is negative. On a grid with minima, these stand in the zero points'
+    place, in float32.
 
     A group of zeros gets scale 1 and zero 0. A scale too small for its dtype becomes the smallest number that it
     holds; one too large, or a weight that is not finite, is a CompressError. Groups that do not divide: StartError.
@@ -172,12 +245,19 @@ def find_params(
     rows, columns = weight.shape
     size = spec.columns_per_group(columns)
     scale = torch.empty(rows, columns // size, dtype=spec.torch_scale_dtype, device=weight.device)
-    zero = None if spec.symmetric else torch.empty_like(scale, dtype=torch.int8)
+    zero = None if spec.symmetric else torch.empty_like(scale, dtype=spec.zero_dtype)
     if importance is not None:
         importance = importance.to(compute_dtype(weight))
         importance = importance.view(columns // size, size) if importance.dim() == 1 else importance
+    if spec.super_block is not None:
+        from compress.maths.super_blocks import find_super
     for part in row_chunks(rows, columns):
         grouped = weight[part].to(compute_dtype(weight)).unflatten(1, (-1, size))
+        if spec.super_block is not None:
+            scale[part], minimum = find_super(grouped, spec, search, importance)
+            if zero is not None and minimum is not None:
+                zero[part] = minimum
+            continue
         low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
         found = _search(grouped, low, high, spec, importance) if search else _cover(low, high, spec)
         scale[part] = found[0].to(spec.torch_scale_dtype)
@@ -204,6 +284,9 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
     """Weight `[out, in]` of `dtype`: `(code - zero) * scale`, every step in `dtype`, as compressed-tensors does it."""
     grouped = codes.unflatten(1, (-1, spec.columns_per_group(codes.shape[1]))).to(dtype)
+    if spec.minima and zero is not None:
+        grouped = grouped.sub_(spec.qmin).mul_(scale.to(dtype).unsqueeze(2))
+        return grouped.sub_(zero.to(dtype).unsqueeze(2)).flatten(1)
     if zero is not None:
         grouped -= zero.to(dtype).unsqueeze(2)
     return grouped.mul_(scale.to(dtype).unsqueeze(2)).flatten(1)
@@ -224,7 +307,7 @@ def storable(scale: Tensor, spec: QuantSpec) -> Tensor:
     # float16 is used down to its smallest subnormal: an 8-bit grid for weights below 0.008 lies there already.
     smallest = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)
     kept = scale.clamp(min=smallest)
-    if spec.grid is not None and not spec.symmetric:
+    if spec.grid is not None and not spec.symmetric and not spec.minima:
         fraction, exponent = torch.frexp(kept)
         kept = torch.ldexp((fraction * 2**SHORT_BITS).round_().div_(2**SHORT_BITS), exponent)
     kept = kept.to(spec.torch_scale_dtype)
@@ -253,6 +336,9 @@ def round_groups(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: Quan
     if spec.stored == "float8":
         largest = spec.half_range
         return (grouped / scale.unsqueeze(2)).clamp_(-largest, largest).to(torch.float8_e4m3fn).to(grouped.dtype)
+    if spec.minima and zero is not None:
+        codes = (grouped + zero.unsqueeze(2)).div_(scale.unsqueeze(2)).round_().add_(spec.qmin)
+        return codes.clamp_(spec.qmin, spec.qmax)
     codes = (grouped / scale.unsqueeze(2)).round_()
     if zero is not None:
         codes += zero.unsqueeze(2)

@@ -102,6 +102,8 @@ def why_not(layer: QuantLinear) -> str | None:
         return "it was not built (no compiler when the package was installed) or this processor lacks AVX2"
     if layer.spec.stored != "packed" or layer.spec.activations or layer.spec.bits not in (2, 3, 4, 8):
         return "it is for weights in packed codes of 2, 3, 4 or 8 bits, and inputs that are not rounded"
+    if layer.spec.super_block is not None:
+        return f"grid {layer.spec.grid} is for llama.cpp"
     if layer.in_features % STEP or layer.in_features // layer.weight_scale.shape[1] % STEP:
         return f"columns and groups must be multiples of {STEP}"
     return None

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from compress.maths import grid, packing
-from compress.maths.grid import STORED_DTYPES, QuantSpec
+from compress.maths import grid, packing, super_blocks
+from compress.maths.grid import STORED_DTYPES, QuantSpec, SuperBlock
 from compress.nn import kernels
 
 if TYPE_CHECKING:
     from compress.nn.cpu import Prepared
 
+#: Of super-blocks: the tensor with their numbers -> that with the groups' multiples of these.
+MULTIPLES = {"weight_scale": "weight_multiples", "weight_minimum": "weight_minimum_multiples"}
 _CHUNK_VALUES = 1 << 18  # values unpacked at once: the temporaries stay in the cache, whatever the layer
 
 
@@ -28,7 +30,9 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
     Buffers, G groups per row: `weight_packed` int32 [out, ceil(in * bits / 32)], `weight_scale` [out, G],
     `weight_zero_point` int32 [ceil(out * bits / 32), G] (asymmetric grids only), `weight_shape` int64 [2]. Where codes
     are stored one an element (`spec.stored`): `weight` int8 or float8_e4m3fn [out, in], `weight_scale` [out, 1]; the
-    attribute `weight` gives the dequantized weight all the same.
+    attribute `weight` gives the dequantized weight all the same. On a grid with super-blocks, S of them in a row,
+    scales are stored as they are made up: `weight_scale` float16 [out, S], `weight_multiples` int32 [out, ceil(G * b /
+    32)], multiples of b bits; and with minima `weight_minimum` and `weight_minimum_multiples` likewise.
     With `spec.activations`, x is rounded as well, token by token.
     `transposed` records that the layer replaces transformers' `Conv1D`, which keeps its weight as [in, out].
     `dtype` is the dtype of the layer replaced, which `weight` and the bias have.
@@ -61,7 +65,7 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         for name, (kind, shape) in packed_tensors(in_features, out_features, spec).items():
             # Not by register_buffer, which would take the property `weight` for an attribute in the way.
             self._buffers[name] = torch.empty(shape, dtype=kind, device=device)
-        if spec.symmetric:
+        if spec.symmetric or spec.minima:
             self.register_buffer("weight_zero_point", None)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
         self._cache: Tensor | None = None
@@ -114,9 +118,11 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         dtype: torch.dtype = torch.float32,
         transposed: bool = False,
     ) -> QuantLinear:
-        """Pack codes [out, in] (int8 in the range of `spec`, or float8) with scale [out, G] and int8 zero [out, G].
+        """Pack codes [out, in] (int8 in the range of `spec`, or float8) with scale [out, G] and zero [out, G], int8, or
+        float32 minima where the grid has those.
 
-        The bias is kept by reference in `dtype`. `ValueError` where shapes and spec disagree.
+        The bias is kept by reference in `dtype`. `ValueError` where shapes and spec disagree, CompressError where
+        super-blocks do not hold a scale.
         """
         out_features, in_features = codes.shape
         shape = (out_features, spec.groups(in_features))
@@ -127,21 +133,28 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         if (zero is None) != spec.symmetric:
             raise ValueError("an asymmetric spec needs a zero, a symmetric one has none")
         layer = cls(in_features, out_features, spec, False, dtype, "meta", transposed)
-        layer.weight_scale = scale.detach().to(spec.torch_scale_dtype).contiguous()
+        if spec.super_block is None:
+            layer.weight_scale = scale.detach().to(spec.torch_scale_dtype).contiguous()
+        else:
+            for name, values in (("weight_scale", scale), ("weight_minimum", zero)):
+                if values is not None:
+                    number, multiples = super_blocks.factored(values.detach(), spec.super_block)
+                    layer._buffers[name] = number
+                    layer._buffers[MULTIPLES[name]] = _pack_multiples(multiples, spec.super_block)
         if spec.stored == "packed":
             layer.weight_packed = packing.pack(codes, spec.bits)
             layer.weight_shape = torch.tensor([out_features, in_features], device=codes.device)
         else:
             layer._buffers["weight"] = codes.contiguous()
-        if zero is not None:
+        if zero is not None and not spec.minima:
             layer.weight_zero_point = packing.pack_rows(zero, spec.bits)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         return layer
 
     def codes(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(codes [out, in], scale [out, G], zero int8 [out, G] or None): what `from_codes` was given."""
-        return self.stored_codes(), self.weight_scale, self.zero_point()
+        """(codes [out, in], scale [out, G], zero [out, G] or None): what `from_codes` was given."""
+        return self.stored_codes(), self.scales(), self.zero_point()
 
     def stored_codes(self, rows: slice = slice(None)) -> Tensor:
         """Codes [rows, in]: int8, or float8_e4m3fn. The stored ones themselves where they are stored one an element."""
@@ -150,8 +163,24 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
             return stored[rows]
         return packing.unpack(self.weight_packed[rows], self.spec.bits, self.in_features)
 
+    def scales(self) -> Tensor:
+        """[out, G] in the spec's scale dtype."""
+        return self.weight_scale if self.spec.super_block is None else super_blocks.spread(*self.in_two("weight_scale"))
+
+    def in_two(self, name: str) -> tuple[Tensor, Tensor]:
+        """The float16 numbers [out, S] of super-blocks, and their int8 multiples [out, G]: of `weight_scale` or
+        `weight_minimum`."""
+        block, number, packed = self.spec.super_block, self._buffers[name], self._buffers[MULTIPLES[name]]
+        assert block is not None
+        assert number is not None
+        assert packed is not None
+        multiples = packing.unpack(packed, block.multiple_bits, self.spec.groups(self.in_features))
+        return number, multiples.add_(_middle(block))
+
     def zero_point(self) -> Tensor | None:
-        """int8 [out, G], or None for a symmetric grid."""
+        """int8 [out, G], float32 minima on a grid with those, or None for a symmetric grid."""
+        if self.spec.minima:
+            return super_blocks.spread(*self.in_two("weight_minimum"))
         if self.weight_zero_point is None:
             return None
         return packing.unpack_rows(self.weight_zero_point, self.spec.bits, self.out_features)
@@ -160,15 +189,16 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         """The weight [out, in] in `dtype` (default: the layer's), to the last bit what transformers makes of the file.
 
         transformers loads scales of symmetric grids in the model's dtype and multiplies there; with asymmetric grids
-        it multiplies in the dtype of the stored scales, and casts the product.
+        it multiplies in the dtype of the stored scales, and casts the product. On a grid with super-blocks everything
+        is float32, as in llama.cpp.
         """
         dtype = dtype or self.dtype
-        compute = dtype if self.spec.symmetric else self.weight_scale.dtype
-        zero = self.zero_point()
+        scale, zero = self.scales(), self.zero_point()
+        compute = dtype if self.spec.symmetric and self.spec.super_block is None else scale.dtype
 
         def part(rows: slice) -> Tensor:
             zero_rows = None if zero is None else zero[rows]
-            return grid.dequantize(self.stored_codes(rows), self.weight_scale[rows], zero_rows, self.spec, compute)
+            return grid.dequantize(self.stored_codes(rows), scale[rows], zero_rows, self.spec, compute)
 
         step = max(1, _CHUNK_VALUES // max(1, self.in_features))
         if step >= self.out_features:
@@ -244,6 +274,15 @@ class _Frozen(torch.autograd.Function):  # type: ignore[misc]
         return (gradient @ weight).to(ctx.dtype), None
 
 
+def _middle(block: SuperBlock) -> int:
+    """The multiple that `packing`, whose codes lie around zero, stores as 0."""
+    return block.multiples[0] + (1 << (block.multiple_bits - 1))
+
+
+def _pack_multiples(multiples: Tensor, block: SuperBlock) -> Tensor:
+    return packing.pack(multiples - _middle(block), block.multiple_bits)
+
+
 def packed_tensors(
     in_features: int, out_features: int, spec: QuantSpec
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -251,11 +290,17 @@ def packed_tensors(
     if spec.stored != "packed":
         codes = (STORED_DTYPES[spec.stored], (out_features, in_features))
         return {"weight": codes, "weight_scale": (spec.torch_scale_dtype, (out_features, 1))}
-    groups = spec.groups(in_features)
+    groups, block = spec.groups(in_features), spec.super_block
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "weight_packed": (torch.int32, (out_features, -(-in_features * spec.bits // 32))),
-        "weight_scale": (spec.torch_scale_dtype, (out_features, groups)),
     }
+    if block is not None:
+        for name in list(MULTIPLES)[: 1 + spec.minima]:
+            tensors[name] = (torch.float16, (out_features, groups // block.groups))
+            words = packing.packed_columns(groups, block.multiple_bits)
+            tensors[MULTIPLES[name]] = (torch.int32, (out_features, words))
+        return {**tensors, "weight_shape": (torch.int64, (2,))}
+    tensors["weight_scale"] = (spec.torch_scale_dtype, (out_features, groups))
     if not spec.symmetric:
         tensors["weight_zero_point"] = (torch.int32, (-(-out_features * spec.bits // 32), groups))
     tensors["weight_shape"] = (torch.int64, (2,))

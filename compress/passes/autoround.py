@@ -117,10 +117,10 @@ class AutoRound(RoundingPass):
         """Trains in place; returns the number of steps done."""
         groups = []
         for layer in layers.values():
-            size = float(layer.scale.detach().abs().mean())
-            trained = [(layer.weight, self.learning_rate * size), (layer.scale, self.scale_learning_rate * size)]
+            step, size, low = layer.units()
+            trained = [(layer.weight, self.learning_rate * step), (layer.scale, self.scale_learning_rate * size)]
             if layer.zero is not None:
-                trained.append((layer.zero, self.scale_learning_rate))
+                trained.append((layer.zero, self.scale_learning_rate * low))
             groups += [{"params": [p.requires_grad_(True)], "lr": rate, "peak": rate} for p, rate in trained]
         sign = self.optimizer == "sign"
         optimizer = SignSGD(groups) if sign else torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15)

@@ -128,6 +128,10 @@ class Pass(BaseModel):
     #: False for a pass that only says how the model is to be run. It keeps no blocks, and its coverage is 0.
     changes_weights: ClassVar[bool] = True
 
+    def taken(self) -> frozenset[str]:
+        """The states of a model that the pass takes with these options."""
+        return self.accepts
+
     @property
     def takes_calibration(self) -> bool:
         """Whether it needs text with these options."""
@@ -261,8 +265,8 @@ def _opener(original: PreTrainedModel | str | Path, like: ModelHandle) -> Callab
 def refuse_states(pass_: Pass, states: Iterable[str]) -> None:
     """Raises when the model is in a state that the pass does not take."""
     for state in states:
-        if state not in pass_.accepts and state != "dense":
-            allowed = " or ".join(s for s in STATES if s in pass_.accepts)
+        if state not in pass_.taken() and state != "dense":
+            allowed = " or ".join(s for s in STATES if s in pass_.taken())
             raise StartError(f"{pass_.name} takes {allowed} weights, and this model's are {state}.")
 
 

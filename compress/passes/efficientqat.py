@@ -37,9 +37,10 @@ class EfficientQAT(EndToEndPass):
         from compress.training import Group
 
         assert isinstance(layer, ScaleTrained)
-        groups = [Group([layer.scale], self.scale_learning_rate * float(layer.scale.detach().abs().mean()))]
+        _, size, low = layer.units()
+        groups = [Group([layer.scale], self.scale_learning_rate * size)]
         if layer.zero is not None and layer.zero_trained:
-            groups.append(Group([layer.zero], self.scale_learning_rate))
+            groups.append(Group([layer.zero], self.scale_learning_rate * low))
         return groups
 
     def trained_bytes(self, shape: ModelShape) -> int:

@@ -28,11 +28,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from compress.maths.grid import (
     CHUNK_ELEMENTS,
+    SUPER_BLOCKS,
     QuantSpec,
     compute_dtype,
     find_params,
@@ -155,6 +156,16 @@ class HQQ(RoundingPass):
         default=True,
         description="Start from the range with the least squared error, as `rtn` does; false: from the whole range.",
     )
+
+    @field_validator("grid")
+    @classmethod
+    def _own_scales(cls, grid: str | None) -> str | None:
+        if grid in SUPER_BLOCKS:
+            raise ValueError(
+                f"hqq fits the scale of each group by itself, and those of {grid} are multiples of one number: use "
+                "rtn, which needs no data either, or gptq"
+            )
+        return grid
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
         """As for `rtn`, and what the splitting holds for the rows it is at: ten tables of 4 bytes a weight."""

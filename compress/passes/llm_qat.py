@@ -43,13 +43,13 @@ class LLMQAT(EndToEndPass):
         from compress.training import Group
 
         assert isinstance(layer, WeightTrained)
-        size = float(layer.scale.detach().abs().mean())
+        step, size, low = layer.units()
         groups = [
-            Group([layer.weight], self.learning_rate * size),
+            Group([layer.weight], self.learning_rate * step),
             Group([layer.scale], self.scale_learning_rate * size),
         ]
         if layer.zero is not None:
-            groups.append(Group([layer.zero], self.scale_learning_rate))
+            groups.append(Group([layer.zero], self.scale_learning_rate * low))
         return groups
 
     def trained_bytes(self, shape: ModelShape) -> int:

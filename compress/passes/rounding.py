@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, mo
 
 from compress.budget import VARIANTS_AT_ONCE, BitBudget, choose_bits, costs_of, limits_of, measuring_bytes
 from compress.errors import StartError
-from compress.maths.grid import NAMED_GRIDS, QuantSpec, named_spec, spec_for
+from compress.maths.grid import NAMED_GRIDS, SUPER_BLOCKS, QuantSpec, named_spec, spec_for
 from compress.passes.base import BlockPass, Context, LayerShape, PassResult
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ def _form(value: Any) -> str:
 Bits = Annotated[
     Annotated[Literal[2, 3, 4, 8], Tag("number")] | Annotated[BitBudget, Tag("budget")], Discriminator(_form)
 ]
+
+
+Grid = Literal[
+    "gguf-q2_k", "gguf-q3_k", "gguf-q4_0", "gguf-q4_1", "gguf-q4_k", "gguf-q5_k", "gguf-q6_k", "gguf-q8_0"
+]  # fmt: skip
 
 
 class RoundingPass(BlockPass):
@@ -50,10 +55,11 @@ class RoundingPass(BlockPass):
         default=True, description="Grid around zero (scale only); false adds a zero point to each group."
     )
 
-    grid: Literal["gguf-q4_0", "gguf-q4_1", "gguf-q8_0"] | None = Field(
+    grid: Grid | None = Field(
         default=None,
         description="A grid of another program's blocks, so that `export: [gguf]` holds what is rounded here as it is. "
-        "It stands for bits, group_size (32) and symmetric: leave those out.",
+        "It stands for bits, group_size and symmetric: leave those out. Those of k-quants (`_k`) need rows of a "
+        "multiple of 256 weights, run packed in llama.cpp alone, and leave model/ unpacked.",
     )
 
     embeddings: Literal[8, 4] | None = Field(
@@ -77,6 +83,16 @@ class RoundingPass(BlockPass):
     #: `block.layer` -> bits, in the copy of a pass with a budget that does the work.
     _allocation: dict[str, int] | None = PrivateAttr(default=None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _stated_bits(cls, data: Any) -> Any:
+        """A grid's own bits may stand beside it, also where no other grid has so many."""
+        if isinstance(data, Mapping) and "bits" in data:
+            own = NAMED_GRIDS.get(str(data.get("grid")), {})
+            if own.get("bits") == data["bits"]:
+                return {option: value for option, value in data.items() if option != "bits"}
+        return data
+
     @model_validator(mode="after")
     def _named_grid(self) -> Self:
         for option, value in NAMED_GRIDS[self.grid].items() if self.grid is not None else ():
@@ -92,6 +108,11 @@ class RoundingPass(BlockPass):
         if value == -1 or value >= 1:
             return value
         raise ValueError(f"group_size is {value}: use a size of at least 1, or -1 for one scale per channel")
+
+    def taken(self) -> frozenset[str]:
+        """Where groups have a minimum, none of their codes need be 0: zeros would not stay."""
+        minima = self.grid in SUPER_BLOCKS and not self.symmetric
+        return self.accepts - {"sparse"} if minima else self.accepts
 
     @property
     def takes_calibration(self) -> bool:
@@ -176,7 +197,7 @@ class RoundingPass(BlockPass):
     def _end(self, model: PreTrainedModel, name: str, bits: int) -> QuantSpec:
         weight = model.get_submodule(name).get_parameter("weight")
         if self.grid is not None:
-            fits = NAMED_GRIDS[self.grid]["bits"] == bits
+            fits = NAMED_GRIDS[self.grid]["bits"] == bits and self.grid not in SUPER_BLOCKS
             spec = named_spec(weight.dtype, self.grid if fits else f"gguf-q{bits}_0")
             spec.columns_per_group(weight.shape[1])
             return spec
