@@ -212,9 +212,8 @@ def _exports(check: Checker, exports: Sequence[str], passes: Sequence[Pass]) -> 
     """Notes formats that cannot hold the grid of a pass, whatever the model."""
     grids = [grid for step in passes if (grid := getattr(step, "grid", None)) is not None]
     for index, name in enumerate(exports if grids else ()):
-        form = FORMATS.get(name)() if name in FORMATS else None
-        for grid in grids if form is not None else ():
-            reason = form.refuses_grid(grid)
+        for grid in grids if name in FORMATS else ():
+            reason = FORMATS.get(name)().refuses_grid(grid)
             if reason is not None:
                 check.problem(("export", index), reason)
 

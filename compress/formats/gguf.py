@@ -33,7 +33,7 @@ from compress.formats.gguf_families import (
 from compress.formats.gguf_tokenizer import PROBE_TEXT, add_tokenizer, refuses_tokenizer
 from compress.maths.grid import QuantSpec
 from compress.nn.quant_embedding import packed_like
-from compress.nn.quant_linear import MULTIPLES, QuantLinear, packed_tensors
+from compress.nn.quant_linear import QuantLinear, packed_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -214,5 +214,9 @@ def _blocks(layer: QuantLinear, kind: str, rows: Tensor | None) -> np.ndarray:
     if layer.spec.super_block is None:
         codes, scale, zero = layer.codes()
         return pack_blocks(ordered(codes), ordered(scale), None if zero is None else ordered(zero), kind)
-    pairs = [tuple(map(ordered, layer.in_two(name))) for name in list(MULTIPLES)[: 1 + layer.spec.minima]]
-    return pack_super_blocks(ordered(layer.stored_codes()), *pairs, *([None] if len(pairs) == 1 else []), kind)
+    number, multiples = map(ordered, layer.in_two("weight_scale"))
+    minimum = None
+    if layer.spec.minima:
+        low, low_multiples = map(ordered, layer.in_two("weight_minimum"))
+        minimum = (low, low_multiples)
+    return pack_super_blocks(ordered(layer.stored_codes()), (number, multiples), minimum, kind)

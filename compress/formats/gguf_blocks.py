@@ -145,9 +145,8 @@ def _shifted_six_bits(k: Tensor) -> Tensor:
     """uint8 `[rows, supers, 16]` below 64 -> 12 bytes: byte j has the low four bits of k_j and k_(8 + j); byte 8 + j
     the high two of k_j, k_(4 + j), k_(8 + j) and k_(12 + j)."""
     low, high = k & 15, (k >> 4).unflatten(2, (4, 4))
-    return torch.cat(
-        [low[..., :8] | low[..., 8:] << 4, high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6], 2
-    )
+    quarters = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
+    return torch.cat([low[..., :8] | low[..., 8:] << 4, quarters], 2)
 
 
 def _paired_six_bits(k: Tensor, low: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ does not lower the error, and the error is always that of the grid as it will be
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -99,7 +101,7 @@ class _Search:
     def __init__(self, grouped: Tensor, spec: QuantSpec, importance: Tensor | None):
         assert spec.super_block is not None
         self.grouped, self.spec, self.block = grouped, spec, spec.super_block
-        self.first, self.last = (0, 2**spec.bits - 1) if spec.minima else (spec.qmin, spec.qmax)
+        self.first, self.last = (0, spec.qmax - spec.qmin) if spec.minima else (spec.qmin, spec.qmax)
         self.whole = importance if importance is not None and importance.dim() == 3 else None
         self.weights = importance if self.whole is None else self.whole.diagonal(dim1=1, dim2=2)
         self.scale, self.minimum, self.error = (grouped.new_zeros(grouped.shape[:2]) for _ in range(3))
@@ -173,43 +175,48 @@ class _Search:
         """`[rows, groups]` as `[rows, supers, groups of each]`."""
         return values.unflatten(1, (-1, self.block.groups))
 
-    def half(self, values: Tensor) -> Tensor:
-        """Positive numbers as float16 will hold them."""
-        return storable(values, self.spec)
+    def half(self, values: Tensor, minima: bool = False) -> Tensor:
+        """Numbers, not negative, as float16 will hold them; that of scales is never 0."""
+        kept = storable(values, self.spec)
+        return torch.where(values > 0, kept, 0.0) if minima else kept
 
-    def snap(self, reach: tuple[float, ...]) -> None:
+    def snap(self, reach: Sequence[float]) -> None:
         """Puts scales on multiples of the best of several numbers, then the minima."""
-        scale, minimum = self.supers(self.scale), self.supers(self.minimum)
-        self.low, self.low_counts = torch.zeros_like(scale[..., :1]), torch.zeros_like(scale)
-        best: Tensor | None = None
-        for factor in reach:
-            number = self.half(scale.abs().amax(2, keepdim=True) * (factor / self.block.multiples[1]))
-            counts = self.multiples(scale / number, False)
-            error = self.supers(self.lost((number * counts).flatten(1), self.minimum)).sum(2, keepdim=True)
-            if best is None:
-                best, self.number, self.counts = error, number, counts
-            better = error < best
-            best = torch.where(better, error, best)
-            self.number, self.counts = torch.where(better, number, self.number), torch.where(better, counts, self.counts)
-        best = None
-        for factor in reach if self.spec.minima else ():
-            number = minimum.amax(2, keepdim=True) * (factor / self.block.multiples[1])
-            number = torch.where(number > 0, self.half(number), number)
-            counts = self.multiples(minimum / number.masked_fill(number == 0, 1.0), True)
-            lows = (number * counts).flatten(1)
-            error = self.supers(self.lost((self.number * self.counts).flatten(1), lows)).sum(2, keepdim=True)
-            if best is None:
-                best, self.low, self.low_counts = error, number, counts
-            better = error < best
-            best = torch.where(better, error, best)
-            self.low, self.low_counts = torch.where(better, number, self.low), torch.where(better, counts, self.low_counts)
+        minimum = self.minimum
+        self.number, self.counts = self.best_number(self.scale, reach, lambda scale: self.lost(scale, minimum))
+        scale = (self.number * self.counts).flatten(1)
+        self.low, self.low_counts = torch.zeros_like(self.number), torch.zeros_like(self.counts)
+        if self.spec.minima:
+            self.low, self.low_counts = self.best_number(minimum, reach, lambda low: self.lost(scale, low), True)
         self.settle(self.number, self.low, self.counts, self.low_counts)
+
+    def best_number(
+        self, values: Tensor, reach: Sequence[float], lost: Callable[[Tensor], Tensor], minima: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Of each super-block the number, and the multiples, that stand for `values` [rows, groups] with least loss."""
+        parts = self.supers(values)
+        largest = parts.abs().amax(2, keepdim=True) / self.block.multiples[1]
+        best = number = counts = None
+        for factor in reach:
+            tried = self.half(largest * factor, minima)
+            multiples = self.multiples(parts / tried.masked_fill(tried == 0, 1.0), minima)
+            error = self.supers(lost((tried * multiples).flatten(1))).sum(2, keepdim=True)
+            if best is None:
+                best, number, counts = error, tried, multiples
+            better = error < best
+            best, number = torch.where(better, error, best), torch.where(better, tried, number)
+            counts = torch.where(better, multiples, counts)
+        assert number is not None
+        assert counts is not None
+        return number, counts
 
     def multiples(self, ratio: Tensor, minima: bool) -> Tensor:
         """Nearest allowed multiples; of scales none is 0, which no code could tell apart."""
-        lowest, highest = self.block.multiples
-        counts = ratio.round().clamp_(lowest, highest)
-        return counts if minima else torch.where(counts == 0, torch.where(ratio < 0, -1.0, 1.0).to(counts.dtype), counts)
+        counts = ratio.round().clamp_(*self.block.multiples)
+        if minima:
+            return counts
+        smallest = torch.where(ratio < 0, -1.0, 1.0).to(counts.dtype)
+        return torch.where(counts == 0, smallest, counts)
 
     def settle(self, number: Tensor, low: Tensor, counts: Tensor, low_counts: Tensor) -> None:
         self.number, self.low, self.counts, self.low_counts = number, low, counts, low_counts
@@ -235,7 +242,7 @@ class _Search:
             joint = spread > 0
             number = torch.where(joint, (xy * zz - zy * xz) / spread, number)
             low = torch.where(joint, ((xy * xz - xx * zy) / spread).clamp(min=0), low)
-            low = torch.where(low > 0, self.half(low.clamp(min=0)), low)
+            low = self.half(low, True)
         number = self.half(torch.where(number > 0, number, self.number))  # false for NaN as well
         self.take_supers(number, low, self.counts, self.low_counts)
 
@@ -264,4 +271,3 @@ class _Search:
                 self.counts = torch.where(wide, tried, self.counts)
                 self.low_counts = torch.where(wide, below, self.low_counts)
         self.settle(self.number, self.low, self.counts, self.low_counts)
-

@@ -1,10 +1,12 @@
 """Packed layers while they are trained: modules that take the place of `QuantLinear` and give one back.
 
 `ScaleTrained` trains scales and zero points; the codes stay packed (EfficientQAT, Chen et al. 2024, arXiv 2407.11062,
-section 3.3). On a grid with super-blocks it is their numbers that are trained, and the groups' multiples of these stay,
-so that the grid is at every moment one that the blocks hold. `WeightTrained` trains a float weight as well, from which the codes are rounded anew in every forward: the
+section 3.3). `WeightTrained` trains a float weight as well, from which the codes are rounded anew in every forward: the
 gradient passes over the rounding (straight-through estimator), and the scale has the gradient of LSQ (Esser et al.
 2020, arXiv 1902.08153, equation 3).
+
+On a grid with super-blocks it is their numbers that are trained, and the groups' multiples of these stay: the grid is
+at every moment one that the blocks hold, but for the rounding of a number to float16.
 """
 
 from __future__ import annotations
@@ -228,4 +230,3 @@ def _storable_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
 def _compute_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
