@@ -1056,3 +1056,60 @@ def block_damage(model, changed, tokens, index, became):
         "kl": mean_kl(logits, now), "rise": next_token_loss(now, tokens) - next_token_loss(logits, tokens),
         "layers": layers,
     }  # fmt: skip
+
+
+# Super-blocks (k-quants): ggml's formulas, weight by weight.
+
+
+def super_block_points(d, k, dmin, low, bits, minima):
+    """All weights that each group's codes stand for, increasing: array [rows, supers * groups, 2**bits].
+
+    d, dmin: [rows, supers]; k, low: [rows, supers, groups]. With minima q * d * k - dmin * l with q from 0; without,
+    (q - 2**(bits - 1)) * d * k.
+    """
+    rows, supers, groups = k.shape
+    points = np.zeros((rows, supers * groups, 2**bits))
+    for row, sup, group in itertools.product(range(rows), range(supers), range(groups)):
+        for q in range(2**bits):
+            if minima:
+                value = q * d[row, sup] * k[row, sup, group] - dmin[row, sup] * low[row, sup, group]
+            else:
+                value = (q - 2 ** (bits - 1)) * d[row, sup] * k[row, sup, group]
+            points[row, sup * groups + group, q] = value
+    return np.sort(points, axis=2)
+
+
+def super_block_values(weight, d, k, dmin, low, bits, minima, group_size):
+    """Each weight [rows, columns] at the nearest point of its group."""
+    points = super_block_points(d, k, dmin, low, bits, minima)
+    found = np.zeros_like(weight, dtype=np.float64)
+    for row, column in itertools.product(*map(range, weight.shape)):
+        own = points[row, column // group_size]
+        found[row, column] = own[np.abs(own - weight[row, column]).argmin()]
+    return found
+
+
+def super_block_error(values, shares, d, k, dmin, low, bits, minima):
+    """Weighed squared error of one group [size] on the grid of these four numbers."""
+    shape = (1, 1, 1)
+    points = super_block_points(
+        np.full((1, 1), d), np.full(shape, k), np.full((1, 1), dmin), np.full(shape, low), bits, minima
+    )[0, 0]
+    return sum(share * min((value - point) ** 2 for point in points) for value, share in zip(values, shares, strict=True))
+
+
+def gptq_to_points(weight, matrix, points, group_size, order, damping=0.01):
+    """`gptq` of this file, columns in `order`, to the nearest of each group's points [rows, groups, n]; the values."""
+    work, found = weight.astype(np.float64).copy(), np.zeros_like(weight, dtype=np.float64)
+    remaining = inverse(damped(matrix, damping))
+    left = set(range(weight.shape[1]))
+    for column in order:
+        own = points[:, column // group_size]
+        nearest = np.abs(own - work[:, column, None]).argmin(1)
+        found[:, column] = own[np.arange(len(own)), nearest]
+        error = work[:, column] - found[:, column]
+        left.remove(column)
+        after = sorted(left)
+        work[:, after] -= np.outer(error / remaining[column, column], remaining[column, after])
+        remaining = remaining - np.outer(remaining[:, column], remaining[column, :]) / remaining[column, column]
+    return found

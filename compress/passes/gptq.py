@@ -19,15 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.errors import CompressError
 from compress.maths.feedback import Factor, factorise, round_columns
-from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params
+from compress.maths.grid import SUPER_BLOCKS, QuantSpec, compute_dtype, dequantize, find_params
 from compress.maths.hessian import NotPositiveDefinite, mean_diagonal, quadratic_form
 from compress.passes.base import LayerShape
 from compress.passes.hessians import Inputs, hessian_bytes, observed_stages, observing_bytes
@@ -87,7 +87,8 @@ def gptq(
     act_order: columns with the largest diagonal first, with every group's grid fixed beforehand from the weights as
     given ("static groups"), so that neighbouring columns still share a scale and nothing about the order has to be
     stored. Otherwise left to right, a group's grid found from its corrected weights when its first column is reached.
-    search: as in `find_params`, weighed by the Hessian's diagonal. keep_zeros: weights that are exactly 0 stay so.
+    search: as in `find_params`, weighed by the Hessian's diagonal, or on a grid with super-blocks by the pivots of its
+    factor, which are what an error costs when the columns after it have made up for it. keep_zeros: weights that are exactly 0 stay so.
     block_size: columns corrected together by one matrix product; it changes the speed, not the result.
     factor: what `factorise` made of the same Hessian, act_order and damping, if it is at hand.
 
@@ -102,7 +103,7 @@ def gptq(
     dead = hessian.diagonal() == 0
     if bool(dead.any()):
         weight = weight.masked_fill(dead, 0.0)
-    importance = hessian.diagonal() if search else None
+    importance = _importance(hessian, factor, spec) if search else None
     grid = find_params(weight, spec, search, importance) if act_order or spec.group_size == -1 else None
     size = quadratic_form(weight, hessian)
     codes, scale, zero, lost, moved = round_columns(weight, factor, spec, grid, importance, block_size, keep_zeros)
@@ -112,6 +113,15 @@ def gptq(
     else:  # that is measured from where GPTAQ moved the weights
         lost = quadratic_form(dequantize(codes, scale, zero, spec, hessian.dtype).sub_(weight), hessian)
     return GPTQResult(codes, scale, zero, factor.damping, lost, size)
+
+
+def _importance(hessian: Tensor, factor: Factor, spec: QuantSpec) -> Tensor:
+    """What an error in each column weighs, `[in]`, while grids are searched."""
+    if spec.super_block is None:
+        return hessian.diagonal()
+    importance = torch.empty_like(factor.pivots)
+    importance[factor.order] = factor.pivots
+    return importance
 
 
 def rounded(weight: Tensor, spec: QuantSpec, search: bool, reason: str) -> GPTQResult:
@@ -130,7 +140,8 @@ class GPTQ(RoundingPass):
 
     act_order: bool = Field(
         default=True,
-        description="Round the columns with the largest inputs first. The file's layout stays the plain one.",
+        description="Round the columns with the largest inputs first. The file's layout stays the plain one. On the "
+        "grids of k-quants it is false where nothing is said: scales found on the way are worth more there.",
     )
     damping: float = Field(
         default=0.01,
@@ -154,6 +165,12 @@ class GPTQ(RoundingPass):
         default="none",
         description="`gptaq`: also make up for what the blocks before, rounded already, did to a layer's inputs.",
     )
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.grid in SUPER_BLOCKS and "act_order" not in self.model_fields_set:
+            self.__dict__["act_order"] = False  # the object is frozen once it is made; this is its making
+        return self
 
     @property
     def needs_original(self) -> bool:
