@@ -1095,7 +1095,9 @@ def super_block_error(values, shares, d, k, dmin, low, bits, minima):
     points = super_block_points(
         np.full((1, 1), d), np.full(shape, k), np.full((1, 1), dmin), np.full(shape, low), bits, minima
     )[0, 0]
-    return sum(share * min((value - point) ** 2 for point in points) for value, share in zip(values, shares, strict=True))
+    return sum(
+        share * min((value - point) ** 2 for point in points) for value, share in zip(values, shares, strict=True)
+    )
 
 
 def gptq_to_points(weight, matrix, points, group_size, order, damping=0.01):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.maths.feedback import Factor, factorise, round_columns
-from compress.maths.grid import SUPER_BLOCKS, QuantSpec, compute_dtype, dequantize, find_params
+from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params
 from compress.maths.hessian import NotPositiveDefinite, mean_diagonal, quadratic_form
 from compress.passes.base import LayerShape
 from compress.passes.hessians import Inputs, hessian_bytes, observed_stages, observing_bytes
@@ -88,7 +88,8 @@ def gptq(
     given ("static groups"), so that neighbouring columns still share a scale and nothing about the order has to be
     stored. Otherwise left to right, a group's grid found from its corrected weights when its first column is reached.
     search: as in `find_params`, weighed by the Hessian's diagonal, or on a grid with super-blocks by the pivots of its
-    factor, which are what an error costs when the columns after it have made up for it. keep_zeros: weights that are exactly 0 stay so.
+    factor, which are what an error costs when the columns after it have made up for it. keep_zeros: weights that are
+    exactly 0 stay so.
     block_size: columns corrected together by one matrix product; it changes the speed, not the result.
     factor: what `factorise` made of the same Hessian, act_order and damping, if it is at hand.
 
@@ -140,8 +141,8 @@ class GPTQ(RoundingPass):
 
     act_order: bool = Field(
         default=True,
-        description="Round the columns with the largest inputs first. The file's layout stays the plain one. On the "
-        "grids of k-quants it is false where nothing is said: scales found on the way are worth more there.",
+        description="Round the columns with the largest inputs first. The file's layout stays the plain one. On "
+        "grid gguf-q2_k it is false where nothing is said: scales found on the way are worth more there.",
     )
     damping: float = Field(
         default=0.01,
@@ -168,7 +169,7 @@ class GPTQ(RoundingPass):
 
     @model_validator(mode="after")
     def _order(self) -> Self:
-        if self.grid in SUPER_BLOCKS and "act_order" not in self.model_fields_set:
+        if self.grid == "gguf-q2_k" and "act_order" not in self.model_fields_set:
             self.__dict__["act_order"] = False  # the object is frozen once it is made; this is its making
         return self
 

@@ -8,9 +8,9 @@ import reference
 import torch
 
 from compress.errors import CompressError, StartError
+from compress.maths.feedback import factorise
 from compress.maths.grid import SUPER_BLOCKS, QuantSpec, dequantize, find_params, named_spec, quantize
 from compress.maths.super_blocks import factored, find_super, spread
-from compress.maths.feedback import factorise
 from compress.passes.gptq import gptq
 
 GRIDS = list(SUPER_BLOCKS)
