@@ -26,7 +26,7 @@ def _form(value: Any) -> str:
 
 #: The tags only tell pydantic which of the two to complain about.
 Bits = Annotated[
-    Annotated[Literal[2, 3, 4, 8], Tag("number")] | Annotated[BitBudget, Tag("budget")], Discriminator(_form)
+    Annotated[Literal[2, 3, 4, 5, 6, 8], Tag("number")] | Annotated[BitBudget, Tag("budget")], Discriminator(_form)
 ]
 
 
@@ -43,9 +43,10 @@ class RoundingPass(BlockPass):
 
     bits: Bits = Field(
         default=4,
-        description="Bits of each weight. Or a budget, with choices: [2, 3, 4, 8]: {average: 3.5} is bits of the codes "
-        "over the weights that are rounded, {size: 40MB} all safetensors files that compress.load runs from. How many "
-        "bits each layer gets is then found by measuring, so that the whole loses least.",
+        description="Bits of each weight; 5 and 6 on the grids gguf-q5_k and gguf-q6_k alone. Or a budget, with "
+        "choices: [2, 3, 4, 8]: {average: 3.5} is bits of the codes over the weights that are rounded, {size: 40MB} "
+        "all safetensors files that compress.load runs from. How many bits each layer gets is then found by measuring, "
+        "so that the whole loses least.",
     )
     group_size: int = Field(
         default=128,
@@ -83,16 +84,6 @@ class RoundingPass(BlockPass):
     #: `block.layer` -> bits, in the copy of a pass with a budget that does the work.
     _allocation: dict[str, int] | None = PrivateAttr(default=None)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _stated_bits(cls, data: Any) -> Any:
-        """A grid's own bits may stand beside it, also where no other grid has so many."""
-        if isinstance(data, Mapping) and "bits" in data:
-            own = NAMED_GRIDS.get(str(data.get("grid")), {})
-            if own.get("bits") == data["bits"]:
-                return {option: value for option, value in data.items() if option != "bits"}
-        return data
-
     @model_validator(mode="after")
     def _named_grid(self) -> Self:
         for option, value in NAMED_GRIDS[self.grid].items() if self.grid is not None else ():
@@ -100,6 +91,8 @@ class RoundingPass(BlockPass):
             if option in self.model_fields_set and given != value:
                 raise ValueError(f"grid {self.grid} is {option} {value}, and {option} is {given}: leave it out")
             self.__dict__[option] = value  # the object is frozen once it is made; this is its making
+        if self.grid is None and self.bits in (5, 6):
+            raise ValueError(f"bits is {self.bits}: use 2, 3, 4 or 8, or grid gguf-q{self.bits}_k")
         return self
 
     @field_validator("group_size")

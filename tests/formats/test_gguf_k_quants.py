@@ -1,4 +1,4 @@
-"""k-quants: passes on their grids, blocks that hold them to the bit, training that stays on them, and what is refused."""
+"""k-quants: passes on their grids, blocks that hold them to the bit, training that stays on them, what is refused."""
 
 from dataclasses import replace
 
@@ -75,11 +75,7 @@ def test_layers_and_blocks_hold_every_weight_of_their_grid_to_the_bit(grid, dtyp
     assert zero is None or torch.equal(kept[2], zero)
     kind = block_kind(layer.spec, 512)
     data = blocks(layer)
-    assert (
-        data.nbytes
-        == 4 * row_bytes(kind, 512)
-        == gguf.quant_shape_to_byte_shape((4, 512), gguf.GGMLQuantizationType[kind])[1] * 4
-    )
+    assert data.shape == (4, row_bytes(kind, 512))
     assert torch.equal(read_blocks(data, kind), layer.dequantize(torch.float32))
 
 
@@ -115,16 +111,18 @@ def test_what_a_pass_rounds_is_what_llama_cpp_reads(name, grid, tmp_path):
 
 def test_bits_and_order_follow_the_grid_and_are_read_again():
     made = compress.GPTQ(grid="gguf-q6_k")
-    assert (made.bits, made.group_size, made.symmetric, made.act_order) == (6, 16, True, False)
+    assert (made.bits, made.group_size, made.symmetric, made.act_order) == (6, 16, True, True)
     assert compress.GPTQ(**made.options()) == made
+    assert not compress.GPTQ(grid="gguf-q2_k").act_order
     assert compress.GPTQ(grid="gguf-q2_k", act_order=True).act_order
-    assert compress.GPTQ(grid="gguf-q4_0").act_order
+    with pytest.raises(ValueError, match="bits is 5: use 2, 3, 4 or 8, or grid gguf-q5_k"):
+        compress.RTN(bits=5)
     with pytest.raises(ValueError, match="grid gguf-q2_k is bits 2, and bits is 4: leave it out"):
         compress.GPTQ(grid="gguf-q2_k", bits=4)
 
 
 def test_embedding_and_head_beside_super_blocks_are_in_blocks_of_32(tmp_path):
-    model = compress.RTN(grid="gguf-q4_k", embeddings=4, head=8)(wide("qwen3", tie_word_embeddings=False)).model
+    model = compress.RTN(grid="gguf-q4_k", embeddings=4, head=8)(wide(tie_word_embeddings=False)).model
     folder = write_model_folder(tmp_path / "out", Contents.of_model(model, byte_tokenizer()), "gguf")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / FILE).tensors}
     assert (kinds["token_embd.weight"], kinds["output.weight"]) == ("Q4_0", "Q8_0")
@@ -233,7 +231,7 @@ def test_what_cannot_hold_super_blocks_is_refused_when_the_recipe_is_read(tmp_pa
     assert "no super-blocks" in CompressedTensors().refusal(contents)
     assert "no super-blocks" in Onnx().refuses(contents.dtype, contents.kinds, contents.quantization)
     assert GGUF().refusal(contents) is None
-    with pytest.raises(RecipeError, match="hqq fits the scale of each group by itself.*use rtn"):
+    with pytest.raises(RecipeError, match=r"hqq fits the scale of each group by itself.*use rtn"):
         Recipe.from_dict({**recipe, "passes": [{"hqq": {"grid": "gguf-q2_k"}}]})
 
 
