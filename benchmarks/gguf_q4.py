@@ -1,14 +1,16 @@
-"""Our roundings on the grid of Q4_0 beside llama.cpp's own Q4_0, in llama.cpp, at equal bytes.
+"""Our roundings on the grid of llama.cpp's blocks beside llama.cpp's own, in llama.cpp, at equal bytes.
 
     python benchmarks/gguf_q4.py MODEL --data builtin:tiny | --calibration FILE --evaluation FILE --name NAME
-        [--methods rtn gptq autoround] [--samples 100] [--rounds 40] [--threads 1]
+        [--types Q4_0 Q2_K Q3_K Q4_K Q6_K] [--methods rtn gptq gptaq autoround] [--samples 100] [--rounds 40]
+        [--threads 1]
 
 All start from one dense GGUF file of the model. llama.cpp's are made by its own `llama_model_quantize`, every matrix of
-the blocks in Q4_0 and the embedding in Q8_0, without and with an importance matrix (the mean square of every input
-column over the calibration windows). Ours are passes with `grid: gguf-q4_0, embeddings: 8`, exported. KL and the gap of
-log-perplexity are to the dense file, all run by llama.cpp over the same evaluation windows. Speed of decoding is
-measured in turns with llama.cpp's Q4_0, opened once more, a prompt of 32 tokens and 64 new ones each; the row
-"llama.cpp" is that file against itself, and says what the machine's noise is.
+the blocks in the type at hand and the embedding in Q8_0, without and with an importance matrix (the mean square of
+every input column over the calibration windows). Ours are passes with `grid: gguf-q4_0` and so on, `embeddings: 8`,
+exported (gptaq is gptq with `propagation: gptaq`). KL and the gap of log-perplexity are to the dense file, all run by
+llama.cpp over the same evaluation windows. Speed of decoding is measured in turns with llama.cpp's own file of that
+type, opened once more, a prompt of 32 tokens and 64 new ones each; the row "llama.cpp" is that file against itself, and
+says what the machine's noise is.
 
 Adds to benchmarks/results/gguf.json and writes gguf.md.
 """
@@ -22,7 +24,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +49,20 @@ from compress.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, NEW = 32, 64
-PASSES = {"rtn": compress.RTN, "gptq": compress.GPTQ, "autoround": compress.AutoRound}
+PASSES: dict[str, Callable[..., Any]] = {
+    "rtn": compress.RTN, "gptq": compress.GPTQ, "gptaq": partial(compress.GPTQ, propagation="gptaq"),
+    "autoround": compress.AutoRound,
+}  # fmt: skip
+#: llama.cpp's number of a file that is mostly of one type, by the type of its matrices.
+FILE_TYPES = {"Q4_0": 2, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18}
 
 
-def own_q4_0(dense: Path, target: Path, importance: dict[str, torch.Tensor] | None, threads: int) -> None:
-    """llama.cpp's Q4_0 of a dense file. `importance`: column weights by the tensors' names in the file."""
+def own_blocks(kind: str, dense: Path, target: Path, importance: dict[str, torch.Tensor] | None, threads: int) -> None:
+    """llama.cpp's blocks of a dense file. `importance`: column weights by the tensors' names in the file."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread, params.pure = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, threads, True
+    params.ftype, params.nthread, params.pure = FILE_TYPES[kind], threads, True
     params.token_embedding_type = params.output_tensor_type = 8  # Q8_0
     kept: list[Any] = []
     if importance is not None:
@@ -65,17 +73,17 @@ def own_q4_0(dense: Path, target: Path, importance: dict[str, torch.Tensor] | No
             entry.name, entry.size = kept[-2], values.size
             entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         params.imatrix = entries
-    target.parent.mkdir()
+    target.parent.mkdir(parents=True)
     if llama_cpp.llama_model_quantize(str(dense).encode(), str(target).encode(), ctypes.byref(params)):
         raise RuntimeError("llama_model_quantize failed.")
 
 
 def ours(
-    original: PreTrainedModel, method: str, folder: Path, texts: dict[str, Windows], tokenizer: Any, skip: Sequence[str]
+    original: PreTrainedModel, kind: str, method: str, folder: Path, texts: dict[str, Windows], tokenizer: Any
 ) -> None:
     """One of our passes on the grid, exported."""
     model = copy.deepcopy(original)
-    made = PASSES[method](grid="gguf-q4_0", embeddings=8, skip=tuple(skip))
+    made = PASSES[method](grid=f"gguf-{kind.lower()}", embeddings=8)
     given: dict[str, Any] = {"calibration": texts["calibration"].tokens} if made.takes_calibration else {}
     if made.needs_original:
         given["original"] = original
@@ -122,6 +130,7 @@ def main() -> None:
     parser.add_argument("--calibration")
     parser.add_argument("--evaluation")
     parser.add_argument("--name", required=True)
+    parser.add_argument("--types", nargs="+", default=["Q4_0"], choices=list(FILE_TYPES))
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "autoround"], choices=list(PASSES))
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=40)
@@ -146,16 +155,18 @@ def main() -> None:
         recipe.data, ["calibration", "evaluation"], tokenizer, original.config, Path.cwd(), 0, folder
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
-        rows = compared(options, original, tokenizer, texts, Path(place))
-    write(rows, options.name)
+        for kind in options.types:
+            write(compared(options, kind, original, tokenizer, texts, Path(place)), options.name, kind)
 
 
 def compared(
-    options: argparse.Namespace, original: PreTrainedModel, tokenizer: Any, texts: dict[str, Windows], place: Path
-) -> list[dict[str, Any]]:
-    """A row for each file: what it takes, what it costs, how fast it is."""
+    options: argparse.Namespace, kind: str, original: PreTrainedModel, tokenizer: Any, texts: dict[str, Windows],
+    place: Path,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each file of one type: what it takes, what it costs, how fast it is."""
     contents = Contents.of_model(original, tokenizer)
     dense = write_model_folder(place / "dense", contents, "gguf") / FILE
+    place = place / kind
     named = place_of(contents)
     importance = {
         named(f"{name}.weight"): squares for name, squares in column_squares(original, texts["calibration"]).items()
@@ -164,9 +175,9 @@ def compared(
     for method in ["llama.cpp", "llama.cpp, imatrix", *options.methods]:
         started = time.monotonic()
         if method in PASSES:
-            ours(original, method, place / method, texts, tokenizer, ())
+            ours(original, kind, method, place / method, texts, tokenizer)
         else:
-            own_q4_0(dense, place / method / FILE, importance if "imatrix" in method else None, options.threads)
+            own_blocks(kind, dense, place / method / FILE, importance if "imatrix" in method else None, options.threads)
         seconds[method] = time.monotonic() - started
     engines = {name: LlamaCpp().open(place / name, threads=options.threads, device="cpu") for name in seconds}
     reference = LlamaCpp().open(dense.parent, threads=options.threads, device="cpu")
@@ -176,7 +187,7 @@ def compared(
     for name, engine in engines.items():
         rate, ratio = speed_ratio(engine, again, prompt, options.rounds)
         rows.append({
-            "model": options.name, "method": name, "bytes": (place / name / FILE).stat().st_size,
+            "model": options.name, "type": kind, "method": name, "bytes": (place / name / FILE).stat().st_size,
             "seconds": round(seconds[name], 1), **quality(reference, engine, texts["evaluation"].tokens),
             "decode_tokens_per_second": rate, "speed_ratio": ratio,
             "windows": len(texts["evaluation"]), "threads": options.threads,
@@ -185,13 +196,13 @@ def compared(
     return rows
 
 
-def write(rows: list[dict[str, Any]], name: str) -> None:
-    """Puts the rows of one model in the place of those that were there of it."""
+def write(rows: list[dict[str, Any]], name: str, kind: str) -> None:
+    """Puts the rows of one model and type in the place of those that were there of it."""
     import llama_cpp
 
     place = RESULTS / "gguf.json"
     found = json.loads(place.read_text())["rows"] if place.exists() else []
-    found = [row for row in found if row["model"] != name] + rows
+    found = [row for row in found if (row["model"], row["type"]) != (name, kind)] + rows
     versions = {"llama-cpp-python": llama_cpp.__version__, "torch": torch.__version__}
     place.write_text(
         json.dumps({"command": "python benchmarks/gguf_q4.py ...", "versions": versions, "rows": found}, indent=1)
@@ -203,12 +214,12 @@ def write(rows: list[dict[str, Any]], name: str) -> None:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A line for each file."""
     lines = [
-        "| model | Q4_0 by | bytes | KL | log-ppl gap | top-1 | decode speed / llama.cpp's Q4_0 | seconds to make |",
-        "|---|" + "---|" * 7,
+        "| model | type | by | bytes | KL | log-ppl gap | top-1 | decode speed / llama.cpp's own | seconds to make |",
+        "|---|" + "---|" * 8,
     ]
     for row in rows:
         cells = [
-            row["model"], row["method"], f"{row['bytes']}", f"{row['kl_divergence']:.5f}",
+            row["model"], row["type"], row["method"], f"{row['bytes']}", f"{row['kl_divergence']:.5f}",
             f"{row['log_perplexity_gap']:.5f}", f"{row['top1_agreement']:.4f}", f"{row['speed_ratio']:.3f}",
             f"{row['seconds']}",
         ]  # fmt: skip

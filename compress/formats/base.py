@@ -184,7 +184,7 @@ def with_super_blocks(specs: Mapping[str, QuantSpec]) -> str | None:
 
 def super_blocks_in_words(name: str, grid: str) -> str | None:
     """Why the format `name` cannot hold layers on this grid, if it is one with super-blocks; or None."""
-    from compress.maths.grid import SUPER_BLOCKS
+    from compress.maths.named_grids import SUPER_BLOCKS
 
     if grid not in SUPER_BLOCKS:
         return None

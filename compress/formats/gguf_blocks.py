@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.maths.grid import NAMED_GRIDS, SUPER_COLUMNS, QuantSpec
+from compress.maths.grid import QuantSpec
+from compress.maths.named_grids import NAMED_GRIDS, SUPER_COLUMNS
 from compress.nn.bnb_linear import BnbSpec
 
 BLOCK = 32

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.maths.grid import QuantSpec, SuperBlock, storable
+from compress.maths.grid import QuantSpec, storable
+from compress.maths.named_grids import SuperBlock
 
 # Fractions of a group's range that are tried; of asymmetric grids, of both its ends.
 FACTORS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54, 0.46)

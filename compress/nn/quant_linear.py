@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.maths import grid, packing, super_blocks
-from compress.maths.grid import STORED_DTYPES, QuantSpec, SuperBlock
+from compress.maths.grid import STORED_DTYPES, QuantSpec
+from compress.maths.named_grids import SuperBlock
 from compress.nn import kernels
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ from compress.errors import CompressError
 from compress.maths.feedback import Factor, factorise, round_columns
 from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params
 from compress.maths.hessian import NotPositiveDefinite, mean_diagonal, quadratic_form
+from compress.maths.named_grids import SUPER_BLOCKS, SUPER_COLUMNS
 from compress.passes.base import LayerShape
 from compress.passes.hessians import Inputs, hessian_bytes, observed_stages, observing_bytes
 from compress.passes.rounding import RoundingPass
@@ -186,8 +187,9 @@ class GPTQ(RoundingPass):
         """Tables in float32, the larger of two moments. Factorising: the reordered Hessian and its Cholesky factor (for
         GPTAQ four more: deviation, reordered, and two solves). Rounding the layers of one input together, taken to be
         those of one shape: factor, weights in their own dtype and transposed, as they were and as corrected, codes, and
-        what goes on in a block of columns."""
+        what goes on in a block of columns; and, left to right, a super-block's weights while its grid is found."""
         propagates = self.needs_original
+        found = 3 * 4 * SUPER_COLUMNS if self.grid in SUPER_BLOCKS and not self.act_order else 0
         together: dict[tuple[int, int], int] = {}
         for layer in layers:
             shape = (layer.inputs, layer.outputs)
@@ -195,7 +197,7 @@ class GPTQ(RoundingPass):
 
         def of(inputs: int, rows: int) -> int:
             square: int = 4 * inputs**2
-            rounding = (1 + propagates) * square + 14 * inputs * rows + 4 * 4 * self.block_size * rows
+            rounding = (1 + propagates) * square + 14 * inputs * rows + 4 * 4 * self.block_size * rows + found * rows
             return max((6 if propagates else 2) * square, rounding)
 
         most = max((of(inputs, rows) for (inputs, _), rows in together.items()), default=0)

@@ -33,7 +33,6 @@ from torch import Tensor
 
 from compress.maths.grid import (
     CHUNK_ELEMENTS,
-    SUPER_BLOCKS,
     QuantSpec,
     compute_dtype,
     find_params,
@@ -42,6 +41,7 @@ from compress.maths.grid import (
     row_chunks,
     storable,
 )
+from compress.maths.named_grids import SUPER_BLOCKS
 from compress.passes.base import LayerShape
 from compress.passes.rounding import RoundingPass
 from compress.passes.rtn import relative_weight_error, rounding_bytes

@@ -9,7 +9,8 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, mo
 
 from compress.budget import VARIANTS_AT_ONCE, BitBudget, choose_bits, costs_of, limits_of, measuring_bytes
 from compress.errors import StartError
-from compress.maths.grid import NAMED_GRIDS, SUPER_BLOCKS, QuantSpec, named_spec, spec_for
+from compress.maths.grid import QuantSpec, named_spec, spec_for
+from compress.maths.named_grids import NAMED_GRIDS, SUPER_BLOCKS
 from compress.passes.base import BlockPass, Context, LayerShape, PassResult
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from compress.formats.gguf import FILE, GGUF
 from compress.formats.gguf_blocks import block_kind, pack_blocks
 from compress.formats.gguf_families import llama3_factors, rows_of
 from compress.formats.gguf_tokenizer import PRE_TOKENIZERS, add_tokenizer, refuses_tokenizer
-from compress.maths.grid import NAMED_GRIDS, QuantSpec, dequantize, find_params, named_spec, quantize
+from compress.maths.grid import QuantSpec, dequantize, find_params, named_spec, quantize
+from compress.maths.named_grids import NAMED_GRIDS
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.autoround import AutoRound
 from compress.passes.awq import AWQ

@@ -9,7 +9,8 @@ import torch
 
 from compress.errors import CompressError, StartError
 from compress.maths.feedback import factorise
-from compress.maths.grid import SUPER_BLOCKS, QuantSpec, dequantize, find_params, named_spec, quantize
+from compress.maths.grid import QuantSpec, dequantize, find_params, named_spec, quantize
+from compress.maths.named_grids import SUPER_BLOCKS
 from compress.maths.super_blocks import factored, find_super, spread
 from compress.passes.gptq import gptq
 
