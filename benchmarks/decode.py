@@ -51,7 +51,8 @@ from compress.testing import byte_tokenizer
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 RESULTS = Path(__file__).parent / "results"
-SYSTEMS = ["bf16", "prepack", "compress", "compress-int8", "w8a8", "bitsandbytes", "torchao", "llama.cpp", "onnxruntime"]
+OWN = ["prepack", "compress", "compress-int8", "w8a8"]
+SYSTEMS = ["bf16", *OWN, "bitsandbytes", "torchao", "llama.cpp", "onnxruntime"]
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {
         "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
