@@ -56,7 +56,7 @@ void compress_product(const Layer* layer, const void* x, int64_t many, void* out
         result = kept.data() + many * w.columns;
     }
     const Input& ready = in;  // a thread_local is another one in every thread
-    const int64_t rows = chunk_rows(w), chunks = (w.rows + rows - 1) / rows;
+    const int64_t rows = chunk_rows(w, threads), chunks = (w.rows + rows - 1) / rows;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (int64_t chunk = 0; chunk < chunks; chunk++)
         multiply_rows(w, ready, chunk * rows, (chunk + 1) * rows < w.rows ? (chunk + 1) * rows : w.rows, way, result);

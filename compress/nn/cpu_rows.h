@@ -189,9 +189,12 @@ void multiply_rows(const Layer& w, const Input& in, int64_t first, int64_t last,
     }
 }
 
-// How many rows one thread takes at a time: 16 kB of codes, so that threads end together however busy the machine is.
-int64_t chunk_rows(const Layer& w) {
-    const int64_t rows = 16384 / w.row_bytes / ROWS * ROWS;
+// How many rows one thread takes at a time: an eighth of its share, so that threads end together however busy the machine
+// is, but 16 kB of codes at least and 256 kB at most. What is asked for ahead at the end of a piece, the other thread gets.
+int64_t chunk_rows(const Layer& w, int32_t threads) {
+    int64_t bytes = w.rows * w.row_bytes / (8 * threads);
+    bytes = bytes < 16384 ? 16384 : bytes > 262144 ? 262144 : bytes;
+    const int64_t rows = bytes / w.row_bytes / ROWS * ROWS;
     return rows < 4 * ROWS ? 4 * ROWS : rows;
 }
 
