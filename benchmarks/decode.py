@@ -43,6 +43,7 @@ from compress.measure.llama_cpp import LlamaCpp
 from compress.measure.onnxruntime_engine import OnnxRuntime
 from compress.nn import kernels
 from compress.nn.cpu_step import use_block_steps
+from compress.nn.prompt import use_quick_prompts
 from compress.nn.quant_linear import QuantLinear
 from compress.nn.running import run_as
 from compress.recipe import Runtime
@@ -94,6 +95,7 @@ def stepping(model: PreTrainedModel, int8: bool) -> PreTrainedModel:
     """The packed model as `compress.load` sets it to run."""
     run_as(model, Runtime(activations="int8" if int8 else "float"), asked=True)
     use_block_steps(model)
+    use_quick_prompts(model)
     return model
 
 
@@ -115,6 +117,7 @@ def eight_bits(model: PreTrainedModel) -> PreTrainedModel:
             new.weight_scale.fill_(0.0003)
             new.exact = False
             found.model.layers.set_submodule(name, new)
+    use_quick_prompts(found)
     return found
 
 
