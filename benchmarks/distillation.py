@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--training", help="text; of builtin:tiny its own")
     parser.add_argument("--tasks", nargs="*", help="files of test items; of builtin:tiny its own")
     parser.add_argument("--layers", default="50%")
-    parser.add_argument("--samples", type=int, default=8192, help="windows of text")
+    parser.add_argument("--samples", type=int, default=8192, help="windows of text, of 256 tokens: all that is seen")
     parser.add_argument("--tokens", type=int, default=8_000_000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float)
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--kept", type=int, nargs="*", default=[0, 1], help="blocks of the student of --reasoning")
     parser.add_argument("--ask", default="")
     parser.add_argument("--mark", default="So")
+    parser.add_argument("--no-step-ratio", action="store_true")
     parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--iterations", type=int, default=200)
     options = parser.parse_args()
@@ -190,9 +191,11 @@ def main() -> None:
         "options": {**vars(options), "model": Path(options.model).name},
         "environment": environment(threads=torch.get_num_threads(), device="cpu"),
         "teacher": {area: float(np.mean(right)) for area, right in teacher.items()} | {"mean": mean(teacher)},
-        "step_ratio": step_ratio(ready, options), "rows": [],
+        "rows": [],
     }  # fmt: skip
-    print(json.dumps(result["step_ratio"]), flush=True)
+    if not options.no_step_ratio:
+        result["step_ratio"] = step_ratio(ready, options)
+        print(json.dumps(result["step_ratio"]), flush=True)
     first: dict[str, list[int]] | None = None
     for name, row in rows(options).items():
         account, scores = distilled(ready, options, **row)
