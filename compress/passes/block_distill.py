@@ -157,10 +157,12 @@ class BlockDistill(Pass):
 
         start = self._start(config, block, calibration, ranks)
         aims = Aims.of(calibration)
-        layers, groups = {}, []
+        layers: dict[str, Corrected] = {}
+        groups: Groups = []
         for name, (left, right) in pairs(start, block).items():
             base, scaling = block.module.get_submodule(name), scaling_of(config, f"{block.name}.{name}")
-            layers[name] = layer = Corrected(base, left.clone(), right.clone(), scaling)
+            layer = Corrected(base, left.clone(), right.clone(), scaling)
+            layers[name] = layer
             size = LOW_RANK_RATE * self.learning_rate * float(right.abs().mean())
             groups.append({"params": [layer.left, layer.right], "lr": size, "peak": size})
         with cached(block.module):
