@@ -3,7 +3,7 @@
     python benchmarks/classifier.py ENCODER --training FILE --evaluation FILE --name NAME [--epochs 3]
 
 ENCODER: a folder with an encoder without a head (MiniLM, BERT); the files: lines of text + label. All are measured on
-the same evaluation texts; the half model is timed in turn with the whole one. `--unlabelled`: more text for the student,
+the same evaluation texts; the half model is timed in turn with the whole one. `--unlabelled`: more text for the half,
 lines with a text of which the whole model says the class. Writes `results/classifier-NAME.json` and `.md`.
 """
 
