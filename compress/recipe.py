@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr
 
 from compress.errors import RecipeError
-from compress.recipe_changes import decisive, differences
+from compress.recipe_changes import changes_since, decisive, differences
 from compress.recipe_check import Checker, check_order, plain, step_name
 from compress.recipe_goals import (
     ANSWER_METRICS,
@@ -37,8 +37,8 @@ else:
     Pass = Any
 
 __all__ = [
-    "ROLES", "Benchmark", "Data", "DataEntry", "Goal", "Recipe", "Role", "Runtime", "check_order", "differences",
-    "parse_goal", "parse_size",
+    "ROLES", "Benchmark", "Data", "DataEntry", "Goal", "Recipe", "Role", "Runtime", "changes_since", "check_order",
+    "differences", "parse_goal", "parse_size",
 ]  # fmt: skip
 
 

@@ -297,11 +297,11 @@ class Workspace:
 
 
 def _refuse_change(folder: Path, old: dict[str, Any], recipe: Recipe, fingerprints: dict[str, str]) -> None:
-    from compress.recipe import differences
+    from compress.recipe import changes_since
 
     changed = []
     if old["digest"] != recipe.digest():
-        changed = differences(old["recipe"], recipe.canonical())
+        changed = changes_since(old["recipe"], recipe)
     for name, value in fingerprints.items():
         if old["fingerprints"].get(name, value) != value:
             changed.append(f"{name}: its content is not what it was")
