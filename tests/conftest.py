@@ -24,6 +24,27 @@ def _own_caches(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _forks(_own_caches):
+    """What runs and benchmarks do in processes of their own they do in forks, which spares the imports."""
+    from forks import use_forks
+
+    with pytest.MonkeyPatch.context() as patch:
+        close = use_forks(patch)
+        yield
+    close()
+
+
+@pytest.fixture
+def fresh_processes(monkeypatch):
+    """Interpreters of their own, as users have them, not forks."""
+    from compress.measure import benchmark, export_check, jobs, verification
+
+    for module in (export_check, verification):
+        monkeypatch.setattr(module, "run_child", jobs.run_child)
+    monkeypatch.setattr(benchmark, "job_server", jobs.job_server)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A random Llama with a byte-level tokenizer, as a Hugging Face folder."""
