@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from compress.errors import CompressError, RecipeError, StartError
 from compress.passes.base import Pass, PassResult
 from compress.recipe import DataEntry, Recipe, changes_since, differences, parse_goal, parse_size
-from compress.recipe_yaml import parse_yaml
+from compress.recipe.document import parse_yaml
 from compress.registry import FORMATS, PASSES, RUNTIMES
 from compress.starter import starter_recipe
 
