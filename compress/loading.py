@@ -36,7 +36,7 @@ from compress.nn.quant_cache import CacheSpec, use_packed_cache
 from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
 from compress.nn.running import run_as
-from compress.recipe_sections import Runtime
+from compress.recipe.sections import Runtime
 
 
 def load(
