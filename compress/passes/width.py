@@ -36,9 +36,10 @@ MIXES = 6
 
 
 class Width(StructuralPass):
-    """Remove channels of the MLPs and groups of attention heads, the same number in every block, and fit anew the
-    layers that read them. Where the blocks of a stack share one table of position biases (T5), they lose the same
-    heads."""
+    """Remove channels of MLPs and groups of heads, as many in every block, and fit anew the layers that read them.
+
+    Where the blocks of a stack share one table of position biases (T5), they lose the same heads.
+    """
 
     name: ClassVar[str] = "width"
     needs_calibration: ClassVar[bool] = True
