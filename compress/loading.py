@@ -31,6 +31,7 @@ from compress.locating import adapter_beside
 from compress.maths.grid import SCALE_DTYPES, QuantSpec
 from compress.nn.bnb_linear import MISSING, load_bitsandbytes
 from compress.nn.cpu_step import use_block_steps
+from compress.nn.prompt import use_quick_prompts
 from compress.nn.quant_cache import CacheSpec, use_packed_cache
 from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
@@ -95,6 +96,7 @@ def _running(
         run_as(model, Runtime(**{key: value for key, value in recorded.items() if key not in asked}), asked=False)
         run_as(model, Runtime(**asked), asked=True)
         use_block_steps(model)
+        use_quick_prompts(model)
     except ValidationError as error:
         words = f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
         raise StartError(f"{folder} is to run with {words}.") from None

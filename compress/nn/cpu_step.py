@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from compress.nn import cpu
+from compress.nn import cpu, prompt
 from compress.nn.quant_linear import QuantLinear
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -256,7 +256,7 @@ class BlockStep:
         assert self.prepared is not None
         attention = self.prepared.attention
         index = attention.layer_idx
-        if attention.config._attn_implementation != "sdpa" or not 0 <= index < len(cache.layers):
+        if attention.config._attn_implementation not in ("sdpa", prompt.NAME) or not 0 <= index < len(cache.layers):
             return None
         layer = cache.layers[index]
         if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.dtype != x.dtype:
