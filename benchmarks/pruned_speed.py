@@ -1,6 +1,6 @@
 """Speed of a model before and after width and depth pruning: does it rise with the parameters that are gone?
 
-    python benchmarks/pruned_speed.py [--layers 14] [--threads 2] [--rounds 3] [--dtype bfloat16]
+    python benchmarks/pruned_speed.py [--layers 14] [--threads 2] [--rounds 3] [--dtype bfloat16] [--note TEXT]
 
 A Llama with random weights of 200 M parameters or more (speed does not depend on training; its shape is that of
 `benchmarks/gptq_speed.py`), and the folders that `width` (30 % of the blocks' parameters) and `depth` (30 % of the
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--note", default="", help="of the machine, for the result")
     options = parser.parse_args()
     from compress.measure.environment import environment
 
@@ -112,7 +113,7 @@ def main() -> None:
         rows.append(row)
     lines = [
         f"{VOCABULARY} tokens, {options.layers} blocks, {options.dtype}, {options.threads} threads, {options.rounds} "
-        "interleaved rounds.", "",
+        f"interleaved rounds. {options.note}".rstrip(), "",
         "| model | parameters | removed | prefill tok/s | x | decode tok/s | x | goal x | peak MB | above imports | "
         "x |",
         "|---|" + "---|" * 10,
