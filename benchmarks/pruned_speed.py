@@ -1,12 +1,13 @@
 """Speed of a model before and after width and depth pruning: does it rise with the parameters that are gone?
 
-    python benchmarks/pruned_speed.py [--layers 14] [--threads 2] [--rounds 3] [--dtype bfloat16]
+    python benchmarks/pruned_speed.py [--layers 14] [--threads 2] [--rounds 3] [--dtype bfloat16] [--note TEXT]
 
 A Llama with random weights of 200 M parameters or more (speed does not depend on training; its shape is that of
 `benchmarks/gptq_speed.py`), and the folders that `width` (30 % of the blocks' parameters) and `depth` (30 % of the
 blocks) leave of it, loaded by plain transformers. The models take turns, round after round, so that what else the
 machine does meets all of them; each figure is the median. Prefill: 512 tokens at once. Decode: 32 tokens, greedy,
-after a prompt of 32. Writes benchmarks/results/pruned_speed.json and .md.
+after a prompt of 32. Memory: the most that a fresh process holds that loads the folder and writes 8 tokens after 16,
+and the same above what it held after its imports. Writes benchmarks/results/pruned_speed.json and .md.
 
 The goal: speed rises by at least 0.8 of the share of the parameters that is gone.
 """
@@ -26,6 +27,7 @@ from gptq_speed import VOCABULARY, model_of, tokens_of
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.measure.jobs import run_job
 
 RESULTS = Path(__file__).parent / "results"
 PREFILL, PROMPT, NEW = 512, 32, 32
@@ -47,6 +49,17 @@ def folders(options: argparse.Namespace, scratch: Path) -> dict[str, Path]:
         found[name] = scratch / str(number)
         model.save_pretrained(found[name])
     return found
+
+
+def memory(folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str, int]:
+    """Bytes, in a fresh process."""
+    engine = {"runtime": "transformers", "folder": str(folder), "dtype": options.dtype}
+    job = {
+        "kind": "memory", "model": str(folder), "device": "cpu", "threads": options.threads, "seed": 0,
+        "engine": engine, "prompt_length": 16, "new_tokens": 8, "cache_length": 16,
+    }  # fmt: skip
+    values = run_job(job, scratch).values
+    return {name: values[name] for name in ("peak_memory_bytes", "above_import_bytes")}
 
 
 @torch.inference_mode()
@@ -71,14 +84,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--note", default="", help="of the machine, for the result")
     options = parser.parse_args()
     from compress.measure.environment import environment
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
+        found = folders(options, Path(scratch))
+        held = {name: memory(folder, options, Path(scratch)) for name, folder in found.items()}
         models = {
             name: AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype).eval()
-            for name, folder in folders(options, Path(scratch)).items()
+            for name, folder in found.items()
         }
         for model in models.values():
             speeds(model)
@@ -88,20 +104,26 @@ def main() -> None:
     for name, size in sizes.items():
         row: dict[str, Any] = {"model": name, "parameters": size, "removed": 1 - size / sizes["original"]}
         for what in ("prefill", "decode"):
-            ratios = [found[name][what] / found["original"][what] for found in rounds]
-            row[what] = statistics.median(found[name][what] for found in rounds)
+            ratios = [turn[name][what] / turn["original"][what] for turn in rounds]
+            row[what] = statistics.median(turn[name][what] for turn in rounds)
             row[f"{what} ratio"] = statistics.median(ratios)
+        row |= held[name]
+        row["memory ratio"] = row["above_import_bytes"] / held["original"]["above_import_bytes"]
         row["goal"] = 1 + 0.8 * row["removed"]
         rows.append(row)
     lines = [
         f"{VOCABULARY} tokens, {options.layers} blocks, {options.dtype}, {options.threads} threads, {options.rounds} "
-        "interleaved rounds.", "",
-        "| model | parameters | removed | prefill tok/s | x | decode tok/s | x | goal x |", "|---|" + "---|" * 7,
+        f"interleaved rounds. {options.note}".rstrip(), "",
+        "| model | parameters | removed | prefill tok/s | x | decode tok/s | x | goal x | peak MB | above imports | "
+        "x |",
+        "|---|" + "---|" * 10,
     ]  # fmt: skip
     for row in rows:
         lines.append(
             f"| {row['model']} | {row['parameters'] / 1e6:.1f} M | {row['removed']:.1%} | {row['prefill']:.0f} | "
-            f"{row['prefill ratio']:.2f} | {row['decode']:.1f} | {row['decode ratio']:.2f} | {row['goal']:.2f} |"
+            f"{row['prefill ratio']:.2f} | {row['decode']:.1f} | {row['decode ratio']:.2f} | {row['goal']:.2f} | "
+            f"{row['peak_memory_bytes'] / 1e6:.0f} | {row['above_import_bytes'] / 1e6:.0f} | "
+            f"{row['memory ratio']:.2f} |"
         )
     RESULTS.mkdir(exist_ok=True)
     result = {"environment": environment(threads=options.threads, device="cpu"), "options": vars(options), "rows": rows}

@@ -25,8 +25,13 @@ from compress.reports.report import Report
 METRICS = "[perplexity, kl_divergence, top1_agreement, weights_bytes, bits_per_weight]"
 
 
-def methods(group: int) -> dict[str, dict[str, Any]]:
+#: A row's pass, or its passes.
+Row = dict[str, Any] | list[dict[str, Any]]
+
+
+def methods(group: int) -> dict[str, Row]:
     """Name of the row -> the pass."""
+    trained: dict[str, Any] = {"block_distill": {}}
     return {
         "rtn 4 bits": {"rtn": {"bits": 4, "group_size": group}},
         "rtn 3 bits": {"rtn": {"bits": 3, "group_size": group}},
@@ -39,15 +44,18 @@ def methods(group: int) -> dict[str, dict[str, Any]]:
         "sparsegpt 50 %, measured": {"sparsegpt": {"sparsity": 0.5, "allocation": "measured"}},
         "alps 50 %": {"alps": {"sparsity": 0.5}},
         "alps 50 %, measured": {"alps": {"sparsity": 0.5, "allocation": "measured"}},
+        "alps 50 %, block_distill": [{"alps": {"sparsity": 0.5}}, trained],
+        "alps 50 %, measured, block_distill": [{"alps": {"sparsity": 0.5, "allocation": "measured"}}, trained],
         "magnitude 2:4": {"magnitude": {"pattern": "2:4"}},
         "wanda 2:4": {"wanda": {"pattern": "2:4"}},
         "sparsegpt 2:4": {"sparsegpt": {"pattern": "2:4"}},
         "sparsegpt 2:4, refit": {"sparsegpt": {"pattern": "2:4", "refit": 10}},
         "alps 2:4": {"alps": {"pattern": "2:4"}},
+        "alps 2:4, block_distill": [{"alps": {"pattern": "2:4"}}, trained],
     }
 
 
-def extra_methods() -> dict[str, dict[str, Any]]:
+def extra_methods() -> dict[str, Row]:
     """The 2-bit rows of published comparisons: groups of 32."""
     return {
         "rtn 2 bits g32": {"rtn": {"bits": 2, "group_size": 32}},
@@ -68,15 +76,16 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "evaluation": {"source": options.evaluation, "samples": options.samples, **text},
     }
     rows = methods(options.group_size) | (extra_methods() if options.two_bits else {})
-    rows = {name: pass_ for name, pass_ in rows.items() if not options.only or name in options.only}
+    rows = {name: passes for name, passes in rows.items() if not options.only or name in options.only}
     reports: dict[str, Report] = {}
-    for number, (name, pass_) in enumerate(rows.items()):
+    for number, (name, passes) in enumerate(rows.items()):
+        passes = passes if isinstance(passes, list) else [passes]
         recipe = {
-            "model": options.model, "data": data, "passes": [pass_], "benchmark": False,
+            "model": options.model, "data": data, "passes": passes, "benchmark": False,
             "output": f"{scratch}/{number}",
         }  # fmt: skip
         reports[name] = compress.run(recipe)
-        print(name, reports[name].stages[0].seconds, "s", flush=True)
+        print(name, _seconds(reports[name]), "s", flush=True)
     overrides = [f"data.evaluation={json.dumps(data['evaluation'])}", f"benchmark.metrics={METRICS}"]
     folders = [f"{scratch}/{number}/model" for number in range(len(rows))]
     found = compress.benchmark([options.model, *folders], overrides=overrides)
@@ -84,11 +93,15 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     comparisons = [found.comparison, *(other.comparison for other in found.others)]
     lines = [_row("original", found.original, None, None)]
     for name, figure, comparison in zip(rows, figures, comparisons, strict=True):
-        lines.append(_row(name, figure, comparison, reports[name].stages[0].seconds))
+        lines.append(_row(name, figure, comparison, _seconds(reports[name])))
     return {
         "command": "python benchmarks/quality.py ...", "options": _public(options), "environment": found.environment,
         "rows": lines,
     }  # fmt: skip
+
+
+def _seconds(report: Report) -> float:
+    return sum(stage.seconds or 0.0 for stage in report.stages)
 
 
 def _row(name: str, figures: Any, comparison: Any, seconds: float | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from compress.places import Places
 from compress.sensitivity import likelihood_slopes
 from compress.stream import CalibrationStream
 
-#: For each block, by name: for each kind of part, a figure for each part.
+#: For each block, by name: for each of its `Places`, a figure for each part.
 Scores = Mapping[str, Sequence[Sequence[float]]]
 
 
@@ -29,7 +29,7 @@ def taylor(x: Tensor, gradient: Tensor, groups: Tensor) -> Tensor:
 def taylor_scores(
     model: ModelHandle,
     windows: Windows,
-    places: Callable[[Block], Sequence[Places | None]],
+    places: Callable[[Block], Sequence[Places]],
 ) -> Scores:
     """`taylor` of every part. Blocks are run again, last first, to be differentiated: memory is that of one block, its
     graph for a batch, and the text's hidden states before every block."""
@@ -44,7 +44,7 @@ def taylor_scores(
     for block in reversed(model.block_list()):
         model.load(block)
         found = places(block)
-        sums = [torch.zeros(0 if p is None else len(p.columns), dtype=torch.float64) for p in found]
+        sums = [torch.zeros(len(place.columns), dtype=torch.float64) for place in found]
         for index, hidden in enumerate(before.pop()):
             slopes[index] = _backward(stream, block, index, hidden, slopes[index], found, sums)
         scores[block.name] = [total.tolist() for total in sums]
@@ -53,12 +53,11 @@ def taylor_scores(
 
 
 def _backward(
-    stream: CalibrationStream, block: Block, index: int, hidden: Tensor, slope: Tensor, places: Sequence[Places | None],
+    stream: CalibrationStream, block: Block, index: int, hidden: Tensor, slope: Tensor, places: Sequence[Places],
     sums: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
     """The gradient one block further down; adds this batch's share to `sums`."""
     device = stream.model.device
-    asked = [place for place in places if place is not None]
     inputs: dict[str, Tensor] = {}
     with torch.enable_grad():
         given = hidden.to(device).detach().requires_grad_()
@@ -66,12 +65,11 @@ def _backward(
         def noting(name: str) -> Callable[[Tensor], None]:
             return lambda x: inputs.__setitem__(name, x)
 
-        with hooked(block.module, {place.reader: noting(place.reader) for place in asked}):
+        with hooked(block.module, {place.reader: noting(place.reader) for place in places}):
             out = stream.through(block, index, given)
-        wanted = [given, *(inputs[place.reader] for place in asked)]
+        wanted = [given, *(inputs[place.reader] for place in places)]
         first, *rest = torch.autograd.grad(out, wanted, slope.to(device))
-    gradients = dict(zip((place.reader for place in asked), rest, strict=True))
+    gradients = dict(zip((place.reader for place in places), rest, strict=True))
     for place, total in zip(places, sums, strict=True):
-        if place is not None:
-            total += taylor(inputs[place.reader].detach(), gradients[place.reader], place.columns.to(device)).cpu()
+        total += taylor(inputs[place.reader].detach(), gradients[place.reader], place.columns.to(device)).cpu()
     return first.cpu()

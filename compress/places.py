@@ -2,11 +2,14 @@
 
 Which of a tensor's rows belong to which part has few possible answers (`_arrangements`). They are tried on a block:
 with parts cut out, it must compute what the whole block computes when the reader's columns of these parts are zero.
+
+A block of a decoder has an attention to itself and one to the encoder: two places, of one kind of parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
@@ -15,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration import BlockCalibration
+from compress.capture import Call
 from compress.data import Windows, windows_from
 from compress.errors import StartError
 from compress.images import random_images, reads_images
 from compress.model import Block, Layer, ModelHandle, place_tensors
 from compress.residual import is_norm
+from compress.sensitivity import replaced
 from compress.stream import CalibrationStream, called
 from compress.units import Units, readers, shrunk_tensors
 
@@ -29,10 +34,11 @@ PROBE_WINDOWS, PROBE_LENGTH = 2, 16
 
 @dataclass(frozen=True)
 class Places:
-    """Where the parts of one block lie. `tensors`: name in the block -> the dimension, and int64 `[parts, n]`, which of
+    """Where parts of one block lie. `tensors`: name in the block -> the dimension, and int64 `[parts, n]`, which of
     its entries belong to each part. `reader`: the layer that is given what the parts make; `columns` `[parts, n]` are
-    those of its inputs."""
+    those of its inputs. `units`: what kind of parts they are."""
 
+    units: Units
     tensors: Mapping[str, tuple[int, Tensor]]
     reader: str
     columns: Tensor
@@ -52,56 +58,103 @@ def _arrangements(size: int, units: Units) -> list[Tensor]:
     return found
 
 
-def find_places(block: Block, smaller: nn.Module, units: Units, stream: CalibrationStream) -> Places | None:
-    """Where the parts of a block lie; None where it has none. `smaller`: the block with fewer of them, on the meta
-    device. StartError where no arrangement is proved by running the block on the text of `stream`.
+class Probe(CalibrationStream):
+    """Random text, or images, on which blocks are checked. It is not pushed through them."""
 
-    The block is as it was when this returns.
+    def __init__(self, model: ModelHandle):
+        super().__init__(model, probe_windows(model))
+        #: How the blocks of a stack are called where the first of them has fewer parts of a kind.
+        self.calls_behind_fewer: dict[tuple[str, str], list[list[Call]]] = {}
+
+    def fewer_call(self, block: Block, units: Units, call: Call) -> Call:
+        """How a block with fewer parts is called, where the whole one is called by `call`."""
+        behind = self.calls_behind_fewer.get((block.stack.name, units.what))
+        return call if behind is None or block.index == 0 else behind[0][block.index]
+
+
+def reader_tensors(module: nn.Module, smaller: nn.Module) -> dict[str, dict[str, int]]:
+    """Layers of a block that read parts of which `smaller` has fewer, each with the tensors of the parts that it reads,
+    and the dimension in which these are smaller."""
+    shrunk = shrunk_tensors(module, smaller)
+    names = [name for name, _ in readers(module, shrunk)]
+    if len(names) == 1:
+        return {names[0]: shrunk}
+    homes = {name: name.rpartition(".")[0] + "." for name in names}  # each in a module of its own
+    found = {r: {n: d for n, d in shrunk.items() if n.startswith(home)} for r, home in homes.items()}
+    if sorted(n for tensors in found.values() for n in tensors) != sorted(shrunk):
+        raise StartError(
+            f"Which of the tensors {', '.join(shrunk)} are read by which of {', '.join(names)} is not said."
+        )
+    return found
+
+
+def find_places(block: Block, smaller: nn.Module, units: Units, probe: Probe) -> list[Places]:
+    """Where the parts of a block lie, one `Places` for each layer that reads some. `smaller`: the block with fewer of
+    them, on the meta device. StartError where no arrangement is proved by running the block.
+
+    The block is as it was when this returns. Blocks that follow one that hands on more than hidden states are to be
+    asked after it.
     """
-    shrunk = shrunk_tensors(block.module, smaller)
-    if not shrunk:
-        return None
-    (reader, _), *others = readers(block.module, shrunk)
-    assert not others
-    ways: dict[str, list[Tensor]] = {}  # a layer's bias is arranged as its weight is
-    for name, dimension in shrunk.items():
-        size = block.module.get_parameter(name).shape[dimension]
-        ways.setdefault(name.rpartition(".")[0], _arrangements(size, units))
-    fewer = smaller.get_parameter(f"{reader}.weight")
-    stays = Layer(None, reader, smaller.get_submodule(reader)).weight.shape[1] * units.count
-    stays //= Layer(None, reader, block.module.get_submodule(reader)).weight.shape[1]
-    assert fewer.is_meta
-    keep = torch.linspace(0, units.count - 1, stays).round().long() if stays > 1 else torch.tensor([units.count - 1])
-    for choice in product(*ways.values()):
+    tensors = reader_tensors(block.module, smaller)
+    ways: dict[tuple[str, str], list[Tensor]] = {}  # a layer's bias is arranged as its weight is
+    for reader, shrunk in tensors.items():
+        for name, dimension in shrunk.items():
+            size = block.module.get_parameter(name).shape[dimension]
+            ways.setdefault((reader, name.rpartition(".")[0]), _arrangements(size, units))
+    for choice in product(*ways.values()) if tensors else ():
         arranged = dict(zip(ways, choice, strict=True))
-        tensors = {name: (d, arranged[name.rpartition(".")[0]]) for name, d in shrunk.items()}
-        places = Places(tensors, reader, arranged[reader])
-        if _holds(block, deepcopy(smaller), places, keep, stream):
-            return places
+        found = [
+            Places(
+                units,
+                {name: (d, arranged[reader, name.rpartition(".")[0]]) for name, d in shrunk.items()},
+                reader,
+                arranged[reader, reader],
+            )
+            for reader, shrunk in tensors.items()
+        ]
+        trial = deepcopy(smaller)
+        if _holds(block, trial, found, probe):
+            if block.index == 0 and probe.hands_on:
+                probe.calls_behind_fewer[block.stack.name, units.what] = probe.calls_behind(block, trial)
+            return found
+    if not tensors:
+        return []
     raise StartError(
         f"{block.name}: which rows belong to which of its {units.count} {units.what} could not be found: with some cut "
         "out, it computes something else than without them."
     )
 
 
-def _holds(block: Block, smaller: nn.Module, places: Places, keep: Tensor, stream: CalibrationStream) -> bool:
-    hidden, call = next(stream.inputs(block))
-    weight = block.layers()[places.reader].weight
-    gone = torch.ones(len(places.columns), dtype=torch.bool)
-    gone[keep] = False
-    columns = places.columns[gone].flatten().to(weight.device)
+def _trial_parts(place: Places, smaller: nn.Module) -> Tensor:
+    """Parts that stay in a trial, as many as `smaller` has."""
+    assert smaller.get_parameter(f"{place.reader}.weight").is_meta
+    left = Layer(None, place.reader, smaller.get_submodule(place.reader)).weight.shape[1]
+    count = place.units.count
+    stays = left * count // place.columns.numel()
+    return torch.linspace(0, count - 1, stays).round().long() if stays > 1 else torch.tensor([count - 1])
+
+
+def _holds(block: Block, smaller: nn.Module, places: list[Places], probe: Probe) -> bool:
+    """Whether `smaller`, filled with what stays of the block in a trial, computes what the block does without the
+    rest."""
+    hidden, call = next(probe.inputs(block))
+    layers, tensors, gone = block.layers(), block.state(), {}
+    for place in places:
+        keep = _trial_parts(place, smaller)
+        absent = torch.ones(len(place.columns), dtype=torch.bool)
+        absent[keep] = False
+        gone[place.reader] = place.columns[absent].flatten().to(layers[place.reader].weight.device)
+        tensors = cut(tensors, place, keep)
     try:
-        put(smaller, cut(block.state(), places, keep), block.name)
+        put(smaller, tensors, block.name)
     except RuntimeError:  # shapes that do not fit
         return False
+    with torch.no_grad(), ExitStack() as stack:
+        for reader, columns in gone.items():
+            stack.enter_context(replaced(layers[reader], layers[reader].weight.index_fill(1, columns, 0.0)))
+        expected = called(block.module, hidden, call)
     with torch.no_grad():
-        saved = weight[:, columns].clone()
-        try:
-            weight[:, columns] = 0.0
-            expected = called(block.module, hidden, call)
-        finally:
-            weight[:, columns] = saved
-        found = called(smaller, hidden, call)
+        found = called(smaller, hidden, probe.fewer_call(block, places[0].units, call))
     size = (expected - hidden).double().norm()
     return bool((found - expected).double().norm() <= torch.finfo(found.dtype).eps ** 0.5 * size)
 

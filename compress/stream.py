@@ -63,6 +63,9 @@ class CalibrationStream:
             self.masks.append(batch["attention_mask"].bool() if "attention_mask" in batch else None)
         self._blank: list[Any] = []  # what a block of each stack gives beside hidden states, without tensors
         self._given: list[list[torch.Tensor]] = []  # what the last block of each stack before this one gave, per batch
+        self._renewed: list[list[Call]] = []  # how blocks are called behind a first one that was put in another's place
+        #: Whether blocks hand on more than hidden states, in tensors (T5's position biases, which its first one makes).
+        self.hands_on = False
         self.hidden, self.calls = self._enter(self._given)
         #: The second path, None if there is none. Before the first block: the same tensors.
         self.original: list[torch.Tensor] | None = list(self.hidden) if original else None
@@ -111,7 +114,33 @@ class CalibrationStream:
         finally:
             if absent:
                 self.model.release(first)
+        self.hands_on = known is UNKNOWN
         return hidden, all_calls
+
+    def calls_behind(self, block: Block, first: nn.Module) -> list[list[Call]]:
+        """How the blocks of this block's stack are called, per batch, with `first` as the first of them."""
+        self.reach(block)
+        modules = block.stack.modules
+        held, modules[0] = modules[0], first
+        try:
+            found = self._enter(self._given)[1]
+        finally:
+            modules[0] = held
+        return [
+            [Call(share(new.args, old.args), share(new.kwargs, old.kwargs)) for new, old in zip(*both, strict=True)]
+            for both in zip(found, self.calls, strict=True)
+        ]
+
+    def renew_calls(self, block: Block) -> None:
+        """The block was put in another's place and is called, from now on, as the first one of its stack makes the
+        others be called since it was put in another's place."""
+        if not self.hands_on:
+            return
+        if block.index == 0:
+            self._renewed = self.calls_behind(block, block.module)
+        pairs = zip(self.calls, self._renewed, strict=True)
+        at = block.index
+        self.calls = [[*calls[:at], renewed[at], *calls[at + 1 :]] for calls, renewed in pairs]
 
     def _before(self, given: list[list[torch.Tensor]], index: int) -> list[Capture]:
         """Recorders that stand for whole stacks, which gave `given` for the batch at `index`."""

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compress.errors import StartError
 from compress.images import reads_images
@@ -127,12 +128,8 @@ def find_channels(model: PreTrainedModel) -> Channels:
 
 
 def find_groups(model: PreTrainedModel) -> Groups:
-    """StartError, with the reason, where the config cannot say that there are fewer heads of the same width."""
-    if len(find_stacks(model)) > 1:
-        raise StartError(
-            f"{type(model).__name__} has an encoder and a decoder, whose attentions share one number of heads; width "
-            "cuts its intermediate_size."
-        )
+    """StartError, with the reason, where the config cannot say that there are fewer heads of the same width. In an
+    encoder with a decoder, all attentions have as many."""
     config = _one_block_each(model)
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
@@ -146,9 +143,8 @@ def find_groups(model: PreTrainedModel) -> Groups:
         after = _built(model, units.config(config, count))
         if after is None:
             continue
-        shrunk = shrunk_tensors(before, after)
-        found = readers(before, shrunk)
-        if len(found) == 1 and found[0][1] == heads * width:
+        found = readers(before, shrunk_tensors(before, after))
+        if _in_every_block(before, found) and all(columns == heads * width for _, columns in found):
             return units
     raise StartError(f"the config of {kind} has no head_dim: fewer heads would each be wider, so none can go.")
 
@@ -200,6 +196,14 @@ def fewer(model: PreTrainedModel, units: Units) -> int:
     return allowed(model, units)[-2] if isinstance(units, Groups) else max(1, units.count // 2)
 
 
+def _in_every_block(model: PreTrainedModel, found: list[tuple[str, int]]) -> bool:
+    """Whether these layers are one of each stack's first block; with several stacks one at least, as a decoder's block
+    has an attention to itself and one to the encoder."""
+    stacks = find_stacks(model)
+    counts = [sum(name.startswith(f"{stack.name}.0.") for name, _ in found) for stack in stacks]
+    return sum(counts) == len(found) and (counts == [1] if len(stacks) == 1 else all(counts))
+
+
 def _integers(text: PretrainedConfig) -> Iterator[tuple[str, int]]:
     for key, value in vars(text).items():
         if value is None and key in _UNSAID:
@@ -245,6 +249,8 @@ def readers(model: nn.Module, shrunk: Mapping[str, int]) -> list[tuple[str, int]
     for name, dimension in shrunk.items():
         path, _, last = name.rpartition(".")
         layer = Layer(None, path, model.get_submodule(path))
+        if not isinstance(layer.module, nn.Linear | Conv1D):
+            continue  # a table of vectors
         if last == "weight" and layer.module.weight.dim() == 2 and dimension == (0 if layer.transposed else 1):
             found.append((path, layer.weight.shape[1]))
     return found

@@ -868,6 +868,24 @@ def greedy_removal(weight, x, groups, count, damping):
     return order
 
 
+def shared_head_scores(weights, inputs, heads, damping):
+    """What each head matters that several layers (`[out, in]`, inputs `[tokens, in]`) lose together: for each layer the
+    loss that the head adds when heads go one after the other, the cheapest first, as a share of the loss without any
+    head; summed over the layers. float64 `[heads]`."""
+    total = torch.zeros(heads, dtype=torch.float64)
+    for weight, x in zip(weights, inputs, strict=True):
+        columns = torch.arange(weight.shape[1]).view(heads, -1).tolist()
+        order, left = [], list(range(heads))
+        while left:
+            gone = [column for head in order for column in columns[head]]
+            before = removal_loss(weight, x, gone, damping)
+            cost = {head: removal_loss(weight, x, gone + columns[head], damping) - before for head in left}
+            order.append(min(left, key=cost.get))
+            total[order[-1]] += cost[order[-1]] / removal_loss(weight, x, range(weight.shape[1]), damping)
+            left.remove(order[-1])
+    return total
+
+
 def router_use(logits, k):
     """Soft counts of experts: float64 [experts]. `logits`: the router's [tokens, experts].
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from reference import greedy_removal, removal_loss, ridge
 
-from compress.maths.elimination import eliminate, inverse, refitted, without
+from compress.maths.elimination import eliminate, inverse, marginal_costs, refitted, without
 from compress.maths.hessian import CrossMoment, Hessian
 
 
@@ -105,3 +105,14 @@ def test_the_inverse_is_that_of_the_damped_hessian():
     hessian = _hessian(_inputs(80, 6))
     damped = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(6, dtype=torch.float64)
     assert torch.allclose(inverse(hessian, 0.1) @ damped, torch.eye(6, dtype=torch.float64), atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_marginal_costs_are_what_the_textbooks_loss_rises_by_with_each_group(size):
+    x, weight = _inputs(64, 12), _weight(5, 12)
+    groups = torch.randperm(12, generator=torch.Generator().manual_seed(2)).view(-1, size)
+    costs = marginal_costs(weight, _hessian(x), groups, 0.02)
+    order = greedy_removal(weight, x, groups.tolist(), len(groups) - 1, 0.02)
+    order += set(range(len(groups))) - set(order)
+    losses = [removal_loss(weight, x, groups[order[:n]].flatten().tolist(), 0.02) for n in range(len(groups) + 1)]
+    assert torch.allclose(costs[order].float(), torch.tensor(losses).diff(), rtol=1e-3)

@@ -36,8 +36,10 @@ MIXES = 6
 
 
 class Width(StructuralPass):
-    """Remove channels of the MLPs and groups of attention heads, the same number in every block, and fit anew the
-    layers that read them."""
+    """Remove channels of MLPs and groups of heads, as many in every block, and fit anew the layers that read them.
+
+    Where the blocks of a stack share one table of position biases (T5), they lose the same heads.
+    """
 
     name: ClassVar[str] = "width"
     needs_calibration: ClassVar[bool] = True
@@ -57,7 +59,8 @@ class Width(StructuralPass):
     heads: Count | None = Field(
         default=None,
         description="Instead, or with `intermediate_size`: query heads of each block that shall remain, a number or a "
-        "percentage. Heads that share a key and value head go together.",
+        "percentage. Heads that share a key and value head go together; with T5's position biases, which the blocks "
+        "of a stack share, the same heads go in all of them.",
     )
     hidden_size: Count | None = Field(
         default=None,
@@ -163,20 +166,27 @@ class Width(StructuralPass):
         return "the size is an upper bound: how many channels and how many heads stay is measured"
 
     def text_bytes(self, shape: ModelShape, text: Text) -> int:
-        """The hidden states, those of the original too for the fit; one batch on its way, or the tables of the largest
-        reader: Hessians, and what factorising, inverting or solving adds; logits, where mixes are compared."""
+        """The hidden states, those of the original too for the fit, an encoder's also for its decoder; one batch on its
+        way, or the tables of the largest reader: Hessians, and what factorising, inverting or solving adds; logits,
+        where mixes are compared."""
         from compress.budget import batch_tokens
         from compress.costs import activations
         from compress.narrowing import TRIAL_TOKENS
+        from compress.units import Groups
 
         hidden: int = shape.hidden * shape.dtype.itemsize
         tokens, chosen = text.in_flight(), self.amount is not None or self.to is not None
         taylor = self.importance == "taylor"
-        kept = text.tokens * ((1 + self.refit) * hidden + 8)
-        kept += MIXES * min(TRIAL_TOKENS, text.tokens) * hidden if chosen else 0
+        stacks = len(shape.handle.stacks)
+        paths = 2 * stacks - 1  # a decoder's own, what its encoder gave, and that behind the encoder's last norm
+        kept = text.tokens * ((1 + self.refit) * paths * hidden + 8)
+        kept += MIXES * min(TRIAL_TOKENS, text.tokens) * paths * hidden if chosen else 0
         logits = 4 * batch_tokens(text.length, shape.vocabulary) * shape.vocabulary * shape.dtype.itemsize
         running = activations(shape, shape.widest, tokens, text.length) + tokens * hidden
-        columns = [kind.columns for kind in self._units(shape.handle.model)]
+        units = self._units(shape.handle.model)
+        columns = [kind.columns for kind in units]
+        if stacks > 1:  # a decoder's block has two attentions
+            columns += [kind.columns for kind in units if isinstance(kind, Groups)]
         if self.hidden_size is not None:
             first = shape.handle.block_list()[0].layers().values()
             columns = sorted({layer.weight.shape[1] for layer in first})
