@@ -13,7 +13,7 @@ Figures = dict[str, Figure]
 #: Metrics of the table that sets several models side by side.
 SIDE_BY_SIDE = (
     "weights_bytes", "bits_per_weight", "perplexity", "kl_divergence", "accuracy", "decode_tokens_per_second",
-    "prefill_tokens_per_second", "peak_memory_bytes",
+    "prefill_tokens_per_second", "resident_weights_bytes", "peak_memory_bytes",
 )  # fmt: skip
 
 
