@@ -73,8 +73,8 @@ def compared_runs(reports: Sequence[Report]) -> str:
 
 
 _STAGE_COLUMNS = (
-    "pass", "options", "rise in loss", "perplexity after", "size after", "time", "memory predicted", "memory measured",
-    "size predicted", "coverage",
+    "pass", "options", "rise in loss", "perplexity after", "size after", "writing after", "time", "memory predicted",
+    "memory measured", "size predicted", "coverage",
 )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def quality_plots(report: Report, others: Sequence[Report] = ()) -> list[Plot]:
             continue
         drawn = []
         for model in models:
-            paid = _value(model, cost)
+            paid = _paid(model, cost, report)
             point = (
                 None
                 if not paid
@@ -145,9 +145,20 @@ def _point(model: _Model, quality: str, cost: float, paid: str) -> plots.Point |
     )
 
 
+def _paid(model: _Model, metric: str, report: Report) -> float | None:
+    """A metric's value. The speed of a stage was taken at another time than the speeds beside it: it is placed by its
+    ratio to the original, with which it was taken in turn."""
+    value = _value(model, metric)
+    before = _plain(report.original, metric)
+    ratio = model.figures[metric].detail.get("ratio") if value is not None else None
+    return before * float(ratio) if model.step and before and isinstance(ratio, int | float) else value
+
+
 def _paid_words(model: _Model, metric: str) -> str:
     figure = model.figures[metric]
-    return units.human(figure.value, figure.unit)
+    words = units.human(figure.value, figure.unit)
+    ratio = figure.detail.get("ratio")
+    return f"{words}, {units.number(ratio)} times the original's" if model.step and ratio else words
 
 
 def short(model: str) -> str:

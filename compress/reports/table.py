@@ -12,7 +12,7 @@ from compress.reports.headline import headline, points
 from compress.reports.heat import loss_words
 from compress.reports.points import stage_figures
 from compress.reports.report import Comparison, Figure, Report
-from compress.reports.speeds import share_words
+from compress.reports.speeds import DECODE, share_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,7 +137,7 @@ def stage_rows(report: Report) -> list[dict[str, str]]:
         figures = stage_figures(stage.measurements)
         if number == len(report.stages) - 1:
             figures = {**report.compressed, **figures}
-        left = {name: figures[name] for name in ("perplexity", "weights_bytes") if name in figures}
+        left = {name: figures[name] for name in ("perplexity", "weights_bytes", DECODE) if name in figures}
         found.append(
             {
                 "pass": stage.pass_,
@@ -145,6 +145,7 @@ def stage_rows(report: Report) -> list[dict[str, str]]:
                 "loss": loss_words(stage),
                 "perplexity": units.human(left["perplexity"].value, "") if "perplexity" in left else "–",
                 "size": units.human(left["weights_bytes"].value, "B") if "weights_bytes" in left else "–",
+                "speed": units.human(left[DECODE].value, left[DECODE].unit) if DECODE in left else "–",
                 "seconds": units.duration(stage.seconds),
                 "memory_predicted": units.human(_number(predicted.get("peak_memory_bytes")), "B"),
                 "memory": units.human(stage.peak_memory_bytes, "B"),
