@@ -24,8 +24,8 @@ from compress.formats.folder import default_format, packed_export_note
 from compress.images import patches_of, pixel_bytes, reads_images
 from compress.loading import stored_dtype
 from compress.locating import locate
-from compress.opening import read_config, refuse_quantized, resolve_dtype
 from compress.measure.running import SPEEDS
+from compress.opening import read_config, refuse_quantized, resolve_dtype
 from compress.passes.base import BlockPass, Pass
 from compress.passes.structural import StructuralPass
 from compress.registry import FORMATS, RUNTIMES

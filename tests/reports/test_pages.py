@@ -277,6 +277,18 @@ def test_a_stage_that_was_measured_is_a_point_on_the_way(make_report):
     assert "<title>compressed: perplexity 3.600 (3.580 to 3.620), 100 tok/s</title>" in latency.svg
 
 
+def test_a_stage_that_was_timed_is_placed_by_its_ratio_to_the_original_it_was_timed_beside(make_report):
+    report = damaged(make_report(decode=200.0))
+    speed = {"value": 10.0, "unit": "tokens/s", "detail": {"original": 5.0, "ratio": 2.0}}
+    report.stages[0].measurements["decode_tokens_per_second"] = speed
+    (_, latency) = quality_plots(report)
+    assert 'data-tip="1 depth: perplexity 3.500, 10 tok/s, 2 times the original\'s"' in latency.svg
+    places = [tuple(map(float, found)) for found in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', latency.svg)]
+    assert len(places) >= 3
+    assert "| depth | bits 4 |" in markdown(report)
+    assert "| 10 tok/s |" in markdown(report)
+
+
 def test_a_name_with_signs_of_formulas_is_drawn_as_it_is(make_report):
     report = make_report(name="a $\\frac b$ <c>")
     assert "a $\\frac b$ &lt;c&gt;" in quality_plots(report, [make_report(name="other")])[0].svg
