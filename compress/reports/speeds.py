@@ -47,27 +47,47 @@ def is_setting(metric: str) -> bool:
 def speed_table(report: Report) -> SpeedTable | None:
     """None where one setting is all that was timed: the table of metrics has it."""
     every = list(dict.fromkeys(m for m in (*report.original, *report.compressed) if m.partition("/")[0] in COLUMNS))
-    names = list(dict.fromkeys(name.partition("/")[2] for name in units.order(every)))
+    names = sorted(dict.fromkeys(name.partition("/")[2] for name in every), key=_place)
     if names in ([], [""]):
         return None
     shares = any(_share(figures.get(DECODE)) for figures in (report.original, report.compressed))
     rows, reasons = [], {}
-    for name in sorted(names, key=lambda each: bool(each)):
+    for name in names:
         metrics = [f"{base}/{name}" if name else base for base in COLUMNS]
         cells = [_cell(report, metric) for metric in metrics]
         if all(cell.text == "–" for cell in cells):
             found = (figures.get(metric) for metric in metrics for figures in (report.compressed, report.original))
-            reasons[name] = next((each.reason for each in found if each is not None and each.reason), "not measured")
+            reasons[_title(name)] = next(
+                (each.reason for each in found if each is not None and each.reason), "not measured"
+            )
             continue
         if shares:
             cells.append(_shares(report, metrics[-1]))
-        rows.append((name or "batch 1", _read(report, metrics), cells))
+        rows.append((_title(name), _read(report, metrics), cells))
     grouped: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         grouped.setdefault(reason or "", []).append(name)
     left_out = [f"{'; '.join(each)}: {reason}" for reason, each in grouped.items()]
     columns = [*COLUMNS.values(), *([SHARE] if shares else [])]
     return SpeedTable(columns, rows, left_out, _note(report, shares))
+
+
+def _place(variant: str) -> tuple[str, int, int]:
+    """Runtime, prompt and batch of what stands behind a metric's name, in the order of the rows."""
+    said = {"batch": 1, "prompt": 0}
+    runtime = ""
+    for part in filter(None, variant.split(", ")):
+        word, _, number = part.partition(" ")
+        if word in said and number.isdigit():
+            said[word] = int(number)
+        else:
+            runtime = part
+    return runtime, said["prompt"], said["batch"]
+
+
+def _title(variant: str) -> str:
+    runtime, prompt, batch = _place(variant)
+    return ", ".join(filter(None, [runtime, f"batch {batch}", f"prompt {prompt}" if prompt else ""]))
 
 
 def share_words(before: Figure | None, after: Figure | None) -> str:

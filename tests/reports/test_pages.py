@@ -379,17 +379,17 @@ def test_settings_of_speed_have_a_table_of_their_own_with_their_share_of_the_ban
     report = timed(make_report())
     table = speed_table(report)
     assert table.columns == ["reading", "first token", "writing", "of the bandwidth"]
-    assert [name for name, *_ in table.rows] == ["batch 1", "batch 4", "llama.cpp"]
+    assert [name for name, *_ in table.rows] == ["batch 1", "batch 4", "llama.cpp, batch 1"]
     cells = {name: cells for name, _, cells in table.rows}
     assert (cells["batch 4"][2].text, cells["batch 4"][2].verdict) == ("300 → 280 tok/s", "worse")
     assert cells["batch 1"][3].text == "48 → 5.8 %"
     assert table.rows[1][1] == "4 × 32 tokens read, 4 × 64 written"
-    assert table.left_out == ["prompt 1024: it does not fit in the context of 512"]
+    assert table.left_out == ["batch 1, prompt 1024: it does not fit in the context of 512"]
     text, words = page(report), markdown(report)
     for shown in (text, words):
         assert "Speed by batch and prompt" in shown
         assert "48 → 5.8 %" in shown
-        assert "Left out: prompt 1024: it does not fit in the context of 512." in shown
+        assert "Left out: batch 1, prompt 1024: it does not fit in the context of 512." in shown
         assert "13 GB a second" in shown
     assert "| batch 4 |" in words
     assert "| Decode speed: batch 4 |" not in words
