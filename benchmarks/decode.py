@@ -1,15 +1,17 @@
 """Decode and prefill of packed weights in transformers, interleaved with bfloat16 and with other packed formats.
 
     python benchmarks/decode.py [--shapes 1b 135m] [--bits 4] [--head-bits 4] [--rounds 3] [--prompt 32] [--new 64]
-        [--prefill 512] [--systems bf16 prepack compress compress-int8 w8a8 bitsandbytes torchao] [--threads N]
-        [--clock wall|cpu] --name NAME
+        [--prefill 512] [--systems bf16 prepack compress compress-int8 w8a8 bitsandbytes torchao llama.cpp onnxruntime]
+        [--threads N] [--clock wall|cpu] --name NAME
 
 Random weights of the shape (speed does not depend on what they are): Llama-3.2-1B's or SmolLM-135M's, head and
 embedding tied in bfloat16 systems and stored apart where the head is packed. Groups of 128, or 64 where 128 does not
 divide. Batch 1, greedy; a decode figure is the new tokens after the first over the time they take. All systems are
 held at once, and take turns: A B C A B C. prepack is bfloat16 in oneDNN's order; w8a8 has weights and inputs in int8,
-the head in bfloat16; bitsandbytes is NF4 of all linear layers but the head, torchao its CPU layout of int4, each as it
-comes; a system that is not installed is left out. The cpu clock counts the processor's time, for machines that are
+the head in bfloat16; bitsandbytes is NF4 of all linear layers but the head, torchao its CPU layout of int4 (in the
+versions that have it, to 0.16), each as it comes. llama.cpp runs its own Q4_0 of the model, head in Q6_K as it comes;
+onnxruntime (GenAI) an export of the packed model, whose graph and operators are those of its own builder's int4. A
+system that is not installed is left out. The cpu clock counts the processor's time, for machines that are
 busy with other work: with one thread, it says what the wall clock of a quiet machine would, as far as memory is free.
 Writes benchmarks/results/decode-NAME.json and .md.
 """
@@ -18,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,18 +33,27 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from compress.formats.base import Contents
+from compress.formats.folder import write_model_folder
+from compress.formats.gguf import FILE
 from compress.maths.grid import QuantSpec, eight_bit_spec
+from compress.measure.engine import Engine
 from compress.measure.environment import environment
+from compress.measure.llama_cpp import LlamaCpp
+from compress.measure.onnxruntime_engine import OnnxRuntime
 from compress.nn import kernels
 from compress.nn.cpu_step import use_block_steps
+from compress.nn.prompt import use_quick_prompts
 from compress.nn.quant_linear import QuantLinear
 from compress.nn.running import run_as
 from compress.recipe import Runtime
+from compress.testing import byte_tokenizer
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 RESULTS = Path(__file__).parent / "results"
-SYSTEMS = ["bf16", "prepack", "compress", "compress-int8", "w8a8", "bitsandbytes", "torchao"]
+OWN = ["prepack", "compress", "compress-int8", "w8a8"]
+SYSTEMS = ["bf16", *OWN, "bitsandbytes", "torchao", "llama.cpp", "onnxruntime"]
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {
         "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -82,6 +95,7 @@ def stepping(model: PreTrainedModel, int8: bool) -> PreTrainedModel:
     """The packed model as `compress.load` sets it to run."""
     run_as(model, Runtime(activations="int8" if int8 else "float"), asked=True)
     use_block_steps(model)
+    use_quick_prompts(model)
     return model
 
 
@@ -103,6 +117,7 @@ def eight_bits(model: PreTrainedModel) -> PreTrainedModel:
             new.weight_scale.fill_(0.0003)
             new.exact = False
             found.model.layers.set_submodule(name, new)
+    use_quick_prompts(found)
     return found
 
 
@@ -141,10 +156,47 @@ def with_torchao(model: PreTrainedModel) -> PreTrainedModel:
     return found
 
 
+def with_llama_cpp(model: PreTrainedModel, threads: int) -> Engine:
+    """llama.cpp on its own Q4_0 of the model."""
+    if reason := LlamaCpp().missing():
+        raise ImportError(reason)
+    import llama_cpp
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "dense"
+        write_model_folder(folder, Contents.of_model(model, byte_tokenizer()), "gguf")
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, threads
+        packed_file = Path(place) / "packed" / FILE
+        packed_file.parent.mkdir()
+        failed = llama_cpp.llama_model_quantize(
+            str(folder / FILE).encode(), str(packed_file).encode(), ctypes.byref(params)
+        )
+        if failed:
+            raise RuntimeError("llama_model_quantize failed.")
+        return LlamaCpp().open(packed_file.parent, threads=threads, device="cpu")
+
+
+def with_onnxruntime(model: PreTrainedModel, threads: int) -> Engine:
+    """ONNX Runtime GenAI on an export of the packed model."""
+    if reason := OnnxRuntime().missing():
+        raise ImportError(reason)
+    with tempfile.TemporaryDirectory() as place:
+        folder = write_model_folder(Path(place) / "onnx", Contents.of_model(model), "onnx")
+        return OnnxRuntime().open(folder, threads=threads, device="cpu")
+
+
 @torch.inference_mode()
-def decode(model: PreTrainedModel, prompt: int, new: int, clock: Clock = time.perf_counter) -> float:
+def decode(model: PreTrainedModel | Engine, prompt: int, new: int, clock: Clock = time.perf_counter) -> float:
     """Tokens a second after the first new one."""
     ids = torch.arange(prompt).unsqueeze(0) + 5
+    if isinstance(model, Engine):
+        model.prefill(ids.tolist())
+        model.step()
+        started = clock()
+        for _ in range(new - 1):
+            model.step()
+        return (new - 1) / (clock() - started)
     options = {"do_sample": False, "pad_token_id": 0}
 
     def seconds(count: int) -> float:
@@ -157,11 +209,14 @@ def decode(model: PreTrainedModel, prompt: int, new: int, clock: Clock = time.pe
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, length: int, clock: Clock = time.perf_counter) -> float:
+def prefill(model: PreTrainedModel | Engine, length: int, clock: Clock = time.perf_counter) -> float:
     """Tokens a second, last logits only."""
     ids = torch.arange(length).unsqueeze(0) % 1000
     started = clock()
-    model(input_ids=ids, logits_to_keep=1, use_cache=True)
+    if isinstance(model, Engine):
+        model.prefill(ids.tolist())
+    else:
+        model(input_ids=ids, logits_to_keep=1, use_cache=True)
     return length / (clock() - started)
 
 
@@ -179,7 +234,8 @@ def bandwidth() -> float:
 def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     """Median decode and prefill of every system on one shape, and their ratios to bfloat16 within each round."""
     base = dense(shape)
-    makers: dict[str, Callable[[], PreTrainedModel]] = {
+    threads = torch.get_num_threads()
+    makers: dict[str, Callable[[], PreTrainedModel | Engine]] = {
         "bf16": lambda: base,
         "prepack": lambda: prepacked(base),
         "compress": lambda: stepping(packed(base, options.bits, options.head_bits), int8=False),
@@ -187,6 +243,8 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         "w8a8": lambda: eight_bits(base),
         "bitsandbytes": lambda: with_bitsandbytes(base),
         "torchao": lambda: with_torchao(base),
+        "llama.cpp": lambda: with_llama_cpp(base, threads),
+        "onnxruntime": lambda: with_onnxruntime(packed(base, options.bits, options.head_bits), threads),
     }
     systems = {}
     for name in options.systems:

@@ -59,8 +59,9 @@ def _kernels() -> list[str]:
     found = cpu.library()
     if found is None:
         lines = [
-            "Packed layers: torch, which dequantizes each layer as it is called. The CPU kernel does not serve: it was "
-            "not built (it takes a C++ compiler when compress is installed), or this processor lacks AVX2."
+            "Packed layers: torch, whose own product serves 4 bits on symmetric grids in bfloat16 models, and which "
+            "dequantizes each other layer as it is called. The CPU kernel does not serve: it was not built (it takes a "
+            "C++ compiler when compress is installed), or this processor lacks AVX2."
         ]
     else:
         level = cpu.LEVELS[found.compress_level()]

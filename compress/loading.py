@@ -31,6 +31,7 @@ from compress.locating import adapter_beside
 from compress.maths.grid import SCALE_DTYPES, QuantSpec
 from compress.nn.bnb_linear import MISSING, load_bitsandbytes
 from compress.nn.cpu_step import use_block_steps
+from compress.nn.prompt import use_quick_prompts
 from compress.nn.quant_cache import CacheSpec, use_packed_cache
 from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
@@ -54,7 +55,7 @@ def load(
     packed, and of the arithmetic. Where a run could only store its model unpacked, its `exports/packed` is read.
     Where the model's history has a `kv_cache`, its cache is packed while it writes, unless `packed_cache` is false.
     Where an adapter stands beside the model (`DIR/adapter`), it is put in, unless `adapter` is false.
-    `activations="int8"`: the CPU kernel rounds inputs of few tokens, which is faster (AVX-512 VNNI). `prepack=True`:
+    `activations="int8"`: the CPU kernel rounds inputs of few tokens, which is faster with AVX-512 VNNI and no AVX512-BF16. `prepack=True`:
     plain bfloat16 layers are put into oneDNN's order, for models that only run. Default of both: what the run that made
     the folder had under `runtime`, as far as this machine can.
     `StartError` for a folder that is no model, or for what this machine lacks; `CompressError`, with the names, where
@@ -95,6 +96,7 @@ def _running(
         run_as(model, Runtime(**{key: value for key, value in recorded.items() if key not in asked}), asked=False)
         run_as(model, Runtime(**asked), asked=True)
         use_block_steps(model)
+        use_quick_prompts(model)
     except ValidationError as error:
         words = f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
         raise StartError(f"{folder} is to run with {words}.") from None

@@ -2,7 +2,8 @@
 //
 // W is stored as `maths/packing.py` has it: a row is one stream of codes of 2, 3, 4 or 8 bits, lowest bit first, plus an
 // offset of 2^(bits-1); groups of neighbouring columns share a scale, and a zero point where the grid is not symmetric.
-// Codes become floats in registers, 32 at a time: with AVX-512 by a look-up among 16 floats, with AVX2 by conversion.
+// Codes become floats in registers, 32 at a time: with AVX-512 by a look-up among 16 floats, with AVX2 by conversion; with
+// inputs in bfloat16 and 2 or 4 bits, bfloat16, where the processor multiplies that (AVX512-BF16), which is as exact.
 // Sums are taken in float32 within a group, times the scale, over the groups in order: results do not depend on the
 // number of threads. Activations are rounded to int8 where that is asked for, and never otherwise.
 //
@@ -42,7 +43,7 @@ int compress_int8_serves(const Layer* layer) { return step_columns(*layer) != 0;
 void compress_product(const Layer* layer, const void* x, int64_t many, void* out, int32_t kind, int32_t threads,
                       int32_t at_most, int32_t int8) {
     const Layer& w = *layer;
-    const How way = how(at_most, int8);
+    const How way = how(at_most, int8, kind);
     static thread_local std::vector<float> kept;  // room for a call: taken anew each time, it costs as much as the call
     static thread_local Input in;
     const size_t needed = many * (w.columns + w.rows);
@@ -56,7 +57,7 @@ void compress_product(const Layer* layer, const void* x, int64_t many, void* out
         result = kept.data() + many * w.columns;
     }
     const Input& ready = in;  // a thread_local is another one in every thread
-    const int64_t rows = chunk_rows(w), chunks = (w.rows + rows - 1) / rows;
+    const int64_t rows = chunk_rows(w, threads), chunks = (w.rows + rows - 1) / rows;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (int64_t chunk = 0; chunk < chunks; chunk++)
         multiply_rows(w, ready, chunk * rows, (chunk + 1) * rows < w.rows ? (chunk + 1) * rows : w.rows, way, result);
@@ -70,7 +71,7 @@ void compress_step(const Block* block, const Step* step) {
     const size_t needed = 2 * b.layers[Q]->rows + 2 * b.layers[K]->rows + 2 * b.layers[GATE]->rows + 2 * b.layers[O]->rows;
     if (kept.size() < needed) kept.resize(needed);
     float* shared = kept.data();
-    const How way = how(step->at_most, step->int8);
+    const How way = how(step->at_most, step->int8, step->kind);
 #pragma omp parallel num_threads(step->threads) if (step->threads > 1)
     {
         static thread_local Own own;

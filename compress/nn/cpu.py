@@ -113,15 +113,23 @@ def fits(layer: QuantLinear, x: Tensor) -> bool:
         return False
     if not x.numel() or (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return False
-    prepared = layer.prepared
-    if prepared is not None and prepared.holds(layer):
+    found = layer.prepared
+    if isinstance(found, Prepared) and found.holds(layer):
         return True
     if why_not(layer) is not None or layer.weight_packed.device.type != "cpu":
         return False
     if not (layer.weight_packed.is_contiguous() and layer.weight_scale.is_contiguous()):
         return False
-    layer.prepared = Prepared(layer)
+    prepared(layer)
     return True
+
+
+def prepared(layer: QuantLinear) -> Prepared:
+    """What the kernel is told of a layer that it can serve, made where it is not there or no longer true."""
+    found = layer.prepared
+    if not isinstance(found, Prepared) or not found.holds(layer):
+        found = layer.prepared = Prepared(layer)
+    return found
 
 
 def why_not_int8(layer: QuantLinear | None = None) -> str | None:
@@ -144,8 +152,8 @@ def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
 
     With `layer.int8_inputs`, fewer than `MANY` tokens are rounded to int8, a step for each group, where it `rounds`.
     """
-    prepared, found = layer.prepared, library()
-    assert prepared is not None
+    told, found = layer.prepared, library()
+    assert isinstance(told, Prepared)
     assert found is not None
     x = x if x.is_contiguous() else x.contiguous()
     many = x.numel() // layer.in_features
@@ -154,7 +162,7 @@ def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
     else:
         out = x.new_empty((*x.shape[:-1], layer.out_features))
         found.compress_product(
-            prepared.address, x.data_ptr(), many, out.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level,
+            told.address, x.data_ptr(), many, out.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level,
             layer.int8_inputs,
         )  # fmt: skip
     if layer.bias is not None:
@@ -164,15 +172,15 @@ def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
 
 def _expand_and_multiply(found: ctypes.CDLL, layer: QuantLinear, x: Tensor, level: int) -> Tensor:
     """So many rows of the weight at a time in the dtype of x, and torch's product."""
-    prepared = layer.prepared
-    assert prepared is not None
+    told = layer.prepared
+    assert isinstance(told, Prepared)
     step = max(64, _EXPANDED_BYTES // (layer.in_features * x.element_size()))
     out = x.new_empty((len(x), layer.out_features))
     weight = _scratch(min(step, layer.out_features) * layer.in_features, x.dtype).view(-1, layer.in_features)
     for first in range(0, layer.out_features, step):
         last = min(first + step, layer.out_features)
         found.compress_expand(
-            prepared.address, first, last, weight.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level
+            told.address, first, last, weight.data_ptr(), _KINDS[x.dtype], torch.get_num_threads(), level
         )
         torch.mm(x, weight[: last - first].t(), out=out[:, first:last])
     return out

@@ -1,4 +1,4 @@
-// What `cpu.cpp` is made of, 2: an input made ready for the products, in floats or in int8, and rows of W times it.
+// What `cpu.cpp` is made of, 2: an input made ready for the products, in floats, bfloat16 or int8, and rows of W times it.
 #pragma once
 
 #include <cmath>
@@ -8,12 +8,14 @@
 #if HAS_X86
 
 #define VNNI "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
+#define HALVES "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"
 
 namespace {
 
-// How a call is to be computed: the most that may be used of the processor, and whether inputs may be rounded to int8.
+// How a call is to be computed: the most that may be used of the processor, and whether inputs may be rounded to int8,
+// or, where they are bfloat16 anyway, be multiplied as such.
 struct How {
-    bool wide, int8;
+    bool wide, int8, halves;
 };
 
 bool has_vnni() {
@@ -21,10 +23,18 @@ bool has_vnni() {
     return found;
 }
 
-How how(int32_t at_most, int32_t int8) { return {level() == 2 && at_most >= 2, int8 && has_vnni() && at_most >= 2}; }
+bool has_halves() {
+    static const bool found = level() == 2 && __builtin_cpu_supports("avx512bf16");
+    return found;
+}
+
+How how(int32_t at_most, int32_t int8, int32_t kind) {
+    const bool wide = level() == 2 && at_most >= 2;
+    return {wide, wide && int8 && has_vnni(), wide && kind == BFLOAT16 && has_halves()};
+}
 
 // Columns of x that share a step in int8: a group of the weight, or 128 columns of a longer one. 0: the layer is not
-// served in int8, since 32 bytes of codes do not lie within a group.
+// served in int8 or bfloat16, since 32 bytes of codes do not lie within a group.
 int64_t step_columns(const Layer& w) {
     const int64_t group = w.columns / w.groups, least = 32 * 8 / w.bits;
     if (w.bits == 3 || group % least || w.row_bytes * 8 != w.columns * w.bits) return 0;
@@ -34,10 +44,11 @@ int64_t step_columns(const Layer& w) {
 // `many` rows of x, in the order in which the codes lie in memory.
 struct Input {
     std::vector<float> x, sums;       // floats: [many, columns] and, for grids with zero points, [many, groups]
+    std::vector<uint16_t> halves;     // bfloat16: [many, columns], and `sums` as for floats
     std::vector<int8_t> codes;        // int8: [many, columns], steps [many, parts], and the codes' sums
     std::vector<float> steps, whole;  // [many, parts]
     int64_t many = 0;
-    bool int8 = false;
+    bool int8 = false, half = false;
 };
 
 bool same_input(const Layer& a, const Layer& b) {  // whether what is ready for one is ready for the other
@@ -76,6 +87,29 @@ __attribute__((target(VNNI))) void round_part(const float* x, int64_t count, int
     *step = largest / 127.0f, *whole = float(_mm512_reduce_add_epi32(sum));
 }
 
+// The sums of x over each group; of x as bfloat16 if it is multiplied so.
+void sum_groups(const Layer& w, const float* x, int64_t many, Input& in, bool rounded) {
+    const int64_t groups = many * w.groups, group = w.columns / w.groups;
+    if (int64_t(in.sums.size()) < groups) in.sums.resize(groups);
+    for (int64_t i = 0; i < groups; i++) {
+        float sum = 0;
+        for (int64_t c = i * group; c < (i + 1) * group; c++) sum += rounded ? from_bfloat16(to_bfloat16(x[c])) : x[c];
+        in.sums[i] = sum;
+    }
+}
+
+// x rounded to bfloat16, each 32 * WAYS columns in the order in which bytes of codes, widened and shifted, have them.
+template <int WAYS>
+__attribute__((target(HALVES))) void turn_halves(const float* x, int64_t count, uint16_t* to) {
+    alignas(64) uint16_t plain[32 * WAYS];
+    for (int64_t c = 0; c < count; c += 32 * WAYS) {
+        for (int i = 0; i < 32 * WAYS; i += 16)
+            _mm256_store_si256((__m256i*)(plain + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + c + i)));
+        for (int way = 0; way < WAYS; way++)
+            for (int i = 0; i < 32; i++) to[c + 32 * way + i] = plain[WAYS * i + way];
+    }
+}
+
 // x float [many, columns] made ready for products with w.
 void prepare(const Layer& w, const float* x, int64_t many, How how, Input& in) {
     const int64_t count = many * w.columns, share = step_columns(w);
@@ -91,6 +125,15 @@ void prepare(const Layer& w, const float* x, int64_t many, How how, Input& in) {
             if (w.bits == 2) round_part<4>(x + p * share, share, to, step, whole);
             if (w.bits == 8) round_part<1>(x + p * share, share, to, step, whole);
         }
+        in.half = false;
+        return;
+    }
+    in.half = how.halves && share && w.bits <= 4;
+    if (in.half) {
+        if (int64_t(in.halves.size()) < count) in.halves.resize(count);
+        if (w.bits == 4) turn_halves<2>(x, count, in.halves.data());
+        if (w.bits == 2) turn_halves<4>(x, count, in.halves.data());
+        if (w.zero) sum_groups(w, x, many, in, true);
         return;
     }
     if (int64_t(in.x.size()) < count) in.x.resize(count);
@@ -98,14 +141,7 @@ void prepare(const Layer& w, const float* x, int64_t many, How how, Input& in) {
         turn_wide(x, count, w.bits, in.x.data());
     else
         std::memcpy(in.x.data(), x, count * 4);
-    if (!w.zero) return;
-    const int64_t groups = many * w.groups, group = w.columns / w.groups;
-    if (int64_t(in.sums.size()) < groups) in.sums.resize(groups);
-    for (int64_t i = 0; i < groups; i++) {
-        float sum = 0;
-        for (int64_t c = 0; c < group; c++) sum += in.x[i * group + c];
-        in.sums[i] = sum;
-    }
+    if (w.zero) sum_groups(w, x, many, in, false);
 }
 
 // ROWS rows of W times one row of x in int8. `by` [ROWS, parts]: scale of the weight times step of x. Codes are taken as
@@ -148,6 +184,68 @@ __attribute__((target(VNNI))) void product_int8(const Layer& w, int64_t row, con
     }
 }
 
+// The numbers -8 to 7 as bfloat16, and, for grids of fewer bits, the middle ones, over and over: a look-up sees five bits.
+template <int BITS>
+struct Halves {
+    alignas(64) uint16_t table[32];
+    constexpr Halves() : table() {
+        constexpr uint16_t numbers[16] = {0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80,
+                                          0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
+        for (int i = 0; i < 32; i++) table[i] = numbers[8 - (1 << (BITS - 1)) + i % (1 << BITS)];
+    }
+};
+
+// ROWS rows of W times one row of x in bfloat16: products are exact, sums in float32.
+template <int BITS, int ROWS_NOW>
+__attribute__((target(HALVES))) void product_halves(const Layer& w, int64_t row, const uint16_t* x, const float* scales,
+                                                    const float* sums, float* out) {
+    static constexpr Halves<BITS> numbers;
+    constexpr int WAYS = 8 / BITS;
+    const int64_t units = w.columns / w.groups / (32 * WAYS);
+    const __m512i table = _mm512_load_si512(numbers.table);
+    const uint8_t* from = w.packed + row * w.row_bytes;
+    const int64_t ahead = bytes_ahead(ROWS_NOW * w.row_bytes);
+    __m512 total[ROWS_NOW];
+    for (int r = 0; r < ROWS_NOW; r++) total[r] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < w.groups; g++) {
+        __m512 part[ROWS_NOW][2];
+        for (int r = 0; r < ROWS_NOW; r++) part[r][0] = part[r][1] = _mm512_setzero_ps();
+        for (int64_t u = 0; u < units; u++, from += 32, x += 32 * WAYS)
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS_NOW; r++) {
+                const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + r * w.row_bytes)));
+                _mm_prefetch((const char*)from + r * w.row_bytes + ahead, _MM_HINT_T0);
+#pragma GCC unroll 4
+                for (int way = 0; way < WAYS; way++) {
+                    const __m512i weights = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, BITS * way), table);
+                    part[r][way % 2] = _mm512_dpbf16_ps(part[r][way % 2], (__m512bh)weights,
+                                                        (__m512bh)_mm512_loadu_si512(x + 32 * way));
+                }
+            }
+        for (int r = 0; r < ROWS_NOW; r++)
+            total[r] = _mm512_fmadd_ps(_mm512_add_ps(part[r][0], part[r][1]), _mm512_set1_ps(scales[r * w.groups + g]), total[r]);
+    }
+    for (int r = 0; r < ROWS_NOW; r++) {
+        float sum = _mm512_reduce_add_ps(total[r]);
+        if (w.zero)
+            for (int64_t g = 0; g < w.groups; g++) sum -= w.zero[(row + r) * w.groups + g] * scales[r * w.groups + g] * sums[g];
+        out[r] = sum;
+    }
+}
+
+template <int BITS>
+void rows_halves(const Layer& w, int64_t row, int64_t rows, const Input& in, const float* scales, float* out) {
+    for (int64_t m = 0; m < in.many; m++) {
+        const uint16_t* x = in.halves.data() + m * w.columns;
+        const float* sums = w.zero ? in.sums.data() + m * w.groups : nullptr;
+        float* to = out + m * w.rows + row;
+        if (rows == ROWS)
+            product_halves<BITS, ROWS>(w, row, x, scales, sums, to);
+        else
+            for (int64_t r = 0; r < rows; r++) product_halves<BITS, 1>(w, row + r, x, scales + r * w.groups, sums, to + r);
+    }
+}
+
 template <int BITS>
 void rows_int8(const Layer& w, int64_t row, int64_t rows, const Input& in, const float* scales, float* by, float* out) {
     const int64_t share = step_columns(w), parts = w.columns / share, group = w.columns / w.groups;
@@ -178,7 +276,9 @@ void multiply_rows(const Layer& w, const Input& in, int64_t first, int64_t last,
     for (int64_t row = first; row < last; row += ROWS) {
         const int64_t rows = row + ROWS <= last ? ROWS : last - row;
         row_scales(w, row, rows, scales);
-        if (!in.int8)
+        if (in.half)
+            w.bits == 4 ? rows_halves<4>(w, row, rows, in, scales, out) : rows_halves<2>(w, row, rows, in, scales, out);
+        else if (!in.int8)
             run(w, row, rows, in.x.data(), in.many, scales, w.zero ? in.sums.data() : nullptr, out);
         else if (w.bits == 4)
             rows_int8<4>(w, row, rows, in, scales, by, out);
@@ -189,9 +289,12 @@ void multiply_rows(const Layer& w, const Input& in, int64_t first, int64_t last,
     }
 }
 
-// How many rows one thread takes at a time: 16 kB of codes, so that threads end together however busy the machine is.
-int64_t chunk_rows(const Layer& w) {
-    const int64_t rows = 16384 / w.row_bytes / ROWS * ROWS;
+// How many rows one thread takes at a time: an eighth of its share, so that threads end together however busy the machine
+// is, but 16 kB of codes at least and 256 kB at most. What is asked for ahead at the end of a piece, the other thread gets.
+int64_t chunk_rows(const Layer& w, int32_t threads) {
+    int64_t bytes = w.rows * w.row_bytes / (8 * threads);
+    bytes = bytes < 16384 ? 16384 : bytes > 262144 ? 262144 : bytes;
+    const int64_t rows = bytes / w.row_bytes / ROWS * ROWS;
     return rows < 4 * ROWS ? 4 * ROWS : rows;
 }
 

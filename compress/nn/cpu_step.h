@@ -126,7 +126,7 @@ void add(const float* bias, int64_t first, int64_t last, float* to) {
 // Rows of up to three layers with one input x, shared out among the threads of the team. No barrier: a thread that is
 // done goes on.
 void multiply_layers(const Layer* const* layers, const float* const* biases, int count, const float* x, How how, Own& own,
-                     float* const* outs) {
+                     float* const* outs, int32_t threads) {
     const Input* ready[3];
     int64_t chunks[3], all = 0;
     for (int i = 0; i < count; i++) {
@@ -134,7 +134,7 @@ void multiply_layers(const Layer* const* layers, const float* const* biases, int
             ready[i] = ready[i - 1];
         else
             prepare(*layers[i], x, 1, how, own.inputs[i]), ready[i] = &own.inputs[i];
-        const int64_t rows = chunk_rows(*layers[i]);
+        const int64_t rows = chunk_rows(*layers[i], threads);
         chunks[i] = (layers[i]->rows + rows - 1) / rows, all += chunks[i];
     }
 #pragma omp for schedule(dynamic, 1) nowait
@@ -142,7 +142,7 @@ void multiply_layers(const Layer* const* layers, const float* const* biases, int
         int i = 0;
         int64_t at = chunk;
         while (at >= chunks[i]) at -= chunks[i++];
-        const int64_t rows = chunk_rows(*layers[i]), first = at * rows;
+        const int64_t rows = chunk_rows(*layers[i], threads), first = at * rows;
         const int64_t last = first + rows < layers[i]->rows ? first + rows : layers[i]->rows;
         multiply_rows(*layers[i], *ready[i], first, last, how, outs[i]);
         add(biases[i], first, last, outs[i]);
@@ -150,12 +150,12 @@ void multiply_layers(const Layer* const* layers, const float* const* biases, int
 }
 
 // silu(gate x) * (up x) over gate: the same rows of both at a time, so that nobody has to wait in between.
-void multiply_gated(const Block& b, const float* x, How how, Own& own, float* gate, float* up) {
+void multiply_gated(const Block& b, const float* x, How how, Own& own, float* gate, float* up, int32_t threads) {
     const Layer &g = *b.layers[GATE], &u = *b.layers[UP];
     prepare(g, x, 1, how, own.inputs[0]);
     const bool same = same_input(g, u);
     if (!same) prepare(u, x, 1, how, own.inputs[1]);
-    const int64_t half = chunk_rows(g) / 2 / ROWS * ROWS, chunks = (g.rows + half - 1) / half;
+    const int64_t half = chunk_rows(g, threads) / 2 / ROWS * ROWS, chunks = (g.rows + half - 1) / half;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t first = chunk * half, last = first + half < g.rows ? first + half : g.rows;
@@ -179,7 +179,7 @@ STEP_TARGET void step_share(const Block& b, const Step& s, How how, float* share
     to_floats(s.x, hidden, s.kind, x);
     rms_norm(x, b.norm_in, hidden, b.eps_in, normed);
     float* const three[] = {q, k, v};
-    multiply_layers(b.layers + Q, b.biases + Q, 3, normed, how, own, three);
+    multiply_layers(b.layers + Q, b.biases + Q, 3, normed, how, own, three, s.threads);
 #pragma omp barrier
 
     to_floats(s.cosine, size, s.kind, cosine), to_floats(s.sine, size, s.kind, sine);
@@ -196,15 +196,15 @@ STEP_TARGET void step_share(const Block& b, const Step& s, How how, float* share
         }
     }
     float* const one[] = {o};
-    multiply_layers(b.layers + O, b.biases + O, 1, attended, how, own, one);
+    multiply_layers(b.layers + O, b.biases + O, 1, attended, how, own, one, s.threads);
 #pragma omp barrier
 
     for (int64_t i = 0; i < hidden; i++) x[i] += o[i];
     rms_norm(x, b.norm_after, hidden, b.eps_after, normed);
-    multiply_gated(b, normed, how, own, gate, up);
+    multiply_gated(b, normed, how, own, gate, up, s.threads);
 #pragma omp barrier
     float* const last[] = {down};
-    multiply_layers(b.layers + DOWN, b.biases + DOWN, 1, gate, how, own, last);
+    multiply_layers(b.layers + DOWN, b.biases + DOWN, 1, gate, how, own, last, s.threads);
 #pragma omp barrier
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < hidden; i++) put(s.out, i, x[i] + down[i], s.kind);

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from compress.nn import cpu
+from compress.nn import cpu, prompt
 from compress.nn.quant_linear import QuantLinear
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -139,10 +139,7 @@ class Prepared:
 
     def __init__(self, block: nn.Module, parts: Parts, dtype: torch.dtype):
         self.dtype, self.attention = dtype, parts.attention
-        for layer in parts.layers:
-            if layer.prepared is None or not layer.prepared.holds(layer):
-                layer.prepared = cpu.Prepared(layer)
-        self.layers = [layer.prepared for layer in parts.layers]
+        self.layers = [cpu.prepared(layer) for layer in parts.layers]
         self.biases = [None if layer.bias is None else layer.bias.detach().float() for layer in parts.layers]
         norms = (*parts.norms, *parts.head_norms)
         self.norms = [None if norm is None else norm._parameters["weight"].detach().float() for norm in norms]
@@ -150,7 +147,7 @@ class Prepared:
         self.size = parts.attention.head_dim
         self.heads, self.kept_heads = (parts.layers[i].out_features // self.size for i in (0, 1))
         self.block = _Block(
-            (ctypes.c_void_p * 7)(*(layer.address for layer in self.layers if layer is not None)),
+            (ctypes.c_void_p * 7)(*(layer.address for layer in self.layers)),
             (ctypes.c_void_p * 7)(*(_address(bias) for bias in self.biases)),
             *(_address(norm) for norm in self.norms), *eps, parts.scaling, self.heads, self.kept_heads, self.size,
         )  # fmt: skip
@@ -256,7 +253,7 @@ class BlockStep:
         assert self.prepared is not None
         attention = self.prepared.attention
         index = attention.layer_idx
-        if attention.config._attn_implementation != "sdpa" or not 0 <= index < len(cache.layers):
+        if attention.config._attn_implementation not in ("sdpa", prompt.NAME) or not 0 <= index < len(cache.layers):
             return None
         layer = cache.layers[index]
         if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.dtype != x.dtype:

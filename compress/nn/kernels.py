@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress.maths.activations import rounded_tokens, token_codes, token_scales
-from compress.nn import cpu
+from compress.nn import cpu, torch_int4
 
 if TYPE_CHECKING:
     from compress.nn.quant_linear import QuantLinear
@@ -79,6 +79,7 @@ def _multiply_int8_on_cpu(layer: QuantLinear, x: Tensor) -> Tensor:
 KERNELS: tuple[Kernel, ...] = (
     Kernel("cpu", cpu.fits, cpu.multiply),
     Kernel("int8", _fits_int8, _multiply_int8),
+    Kernel("torch int4", torch_int4.fits, torch_int4.multiply),
     Kernel("torch", lambda layer, x: True, _dequantize_and_multiply),
 )
 

@@ -18,6 +18,7 @@ from compress.nn import kernels
 
 if TYPE_CHECKING:
     from compress.nn.cpu import Prepared
+    from compress.nn.torch_int4 import Reordered
 
 _CHUNK_VALUES = 1 << 18  # values unpacked at once: the temporaries stay in the cache, whatever the layer
 
@@ -66,8 +67,8 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
         self._cache: Tensor | None = None
         self._caching = False
-        #: What the CPU kernel is told of this layer, once it has been called.
-        self.prepared: Prepared | None = None
+        #: What the CPU kernel is told of this layer, or torch's product of 4 bits takes, once it has been called.
+        self.prepared: Prepared | Reordered | None = None
 
     @classmethod
     def empty(

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.errors import StartError
-from compress.nn import cpu, prepacked
+from compress.nn import cpu, prepacked, torch_int4
 from compress.nn.quant_linear import QuantLinear
 from compress.recipe_sections import Runtime
 
@@ -41,6 +41,8 @@ def served(module: nn.Module) -> str | None:
         if module.spec.activations:
             return "int8 products" if module.spec.stored == "int8" else "torch"
         reason = cpu.why_not(module)
+        if reason is not None and torch_int4.why_not(module) is None:
+            return f"torch's 4-bit product, for bfloat16 inputs (not the CPU kernel: {reason})"
         if reason is not None:
             return f"torch, dequantized at each call (not the CPU kernel: {reason})"
         if not module.int8_inputs:
