@@ -10,12 +10,10 @@ benchmarks/results/activations-NAME.json.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
-from pathlib import Path
 
 import torch
+from arguments import settings, write_result
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -27,8 +25,6 @@ from compress.measure.runtimes import load_plain, load_tokenizer
 from compress.nn import cpu
 from compress.nn.quant_linear import QuantLinear
 from compress.recipe import DataEntry
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @torch.inference_mode()
@@ -47,15 +43,7 @@ def kl(reference: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="builtin:tiny")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--step", type=int, default=16)
-    parser.add_argument("--name", required=True)
-    options = parser.parse_args()
+    options = settings(__doc__, model="builtin:tiny", bits=4, group_size=64, windows=64, length=128, step=16)
     if cpu.why_not_int8():
         raise SystemExit(f"int8 activations cannot be had here: {cpu.why_not_int8()}")
     model = locate(options.model)
@@ -82,7 +70,7 @@ def main() -> None:
         "layers": len(layers), "served in int8": served,
         "environment": environment(threads=torch.get_num_threads(), device="cpu"),
     }  # fmt: skip
-    (RESULTS / f"activations-{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(f"activations-{options.name}", result)
     print({key: result[key] for key in ("tokens", "kl", "layers", "served in int8")})
 
 

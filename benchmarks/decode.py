@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from arguments import settings, write_result
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -51,7 +51,6 @@ from compress.testing import byte_tokenizer
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
-RESULTS = Path(__file__).parent / "results"
 OWN = ["prepack", "compress", "compress-int8", "w8a8"]
 SYSTEMS = ["bf16", *OWN, "bitsandbytes", "torchao", "llama.cpp", "onnxruntime"]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -289,27 +288,18 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--head-bits", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--prefill", type=int, default=512)
-    parser.add_argument("--name", required=True)
-    options = parser.parse_args()
+    options = settings(
+        __doc__, shapes={"nargs": "+", "default": list(SHAPES), "choices": list(SHAPES)},
+        systems={"nargs": "+", "default": SYSTEMS, "choices": SYSTEMS}, threads={"type": int},
+        clock={"default": "wall", "choices": list(CLOCKS)},
+        bits=4, head_bits=4, rounds=3, prompt=32, new=64, prefill=512,
+    )  # fmt: skip
     if options.threads:
         torch.set_num_threads(options.threads)
     found = {shape: measured(shape, options) for shape in options.shapes}
-    place = RESULTS / f"decode-{options.name}.json"
-    settings = {"command": "python benchmarks/decode.py ...", "options": vars(options)}
+    told = {"command": "python benchmarks/decode.py ...", "options": vars(options)}
     around = environment(threads=torch.get_num_threads(), device="cpu")
-    place.write_text(json.dumps({**settings, "environment": around, "shapes": found}, indent=1) + "\n")
-    place.with_suffix(".md").write_text(markdown(found))
+    write_result(f"decode-{options.name}", {**told, "environment": around, "shapes": found}, markdown(found))
     print(markdown(found))
 
 

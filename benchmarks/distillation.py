@@ -4,7 +4,7 @@
 
 Every row is a run of its own, on the same text in the same order: distilled, on the text alone, both again from random
 weights. `share` is the student's mean accuracy over that of the teacher; differences have 95 % intervals over paired
-items. `--reasoning` adds: on the teacher's answers, and on answers and reasons, for the same steps. `--blocks` adds:
+items. `--samples` says how much text there is: of little, a student sees all of it many times. `--blocks` adds:
 block_distill after 3 bits, 2 bits and half the weights zero, against the same model untrained. `step_ratio`: the time
 of a step with a warm cache over that of a step on the text alone.
 """
@@ -84,14 +84,6 @@ def rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "kl": {"losses": ["kl"]}, "kl + hidden": {"losses": kl}, "text alone": {"losses": LABELS},
         "kl, random": {"losses": ["kl"], "student": fresh}, "text alone, random": {"losses": LABELS, "student": fresh},
     }  # fmt: skip
-    if options.reasoning:
-        asked = {
-            "prompts": options.prompts or options.model, "areas": options.areas, "samples": options.prompt_samples,
-            "stop": ["\n"], "filter": "answer", "ask": options.ask, "mark": options.mark,
-        }  # fmt: skip
-        short = {"answers": asked, "steps": options.reasoning_steps, "student": {"layers": options.kept}}
-        found["answers"] = {**short, "losses": ["labels", {"rationale": {"weight": 1e-9}}]}
-        found["answers + reasons"] = {**short, "losses": ["labels", {"rationale": {"weight": 0.5}}]}
     return {name: row for name, row in found.items() if not options.only or name in options.only}
 
 
@@ -164,20 +156,13 @@ def main() -> None:
     parser.add_argument("--training", help="text; of builtin:tiny its own")
     parser.add_argument("--tasks", nargs="*", help="files of test items; of builtin:tiny its own")
     parser.add_argument("--layers", default="50%")
-    parser.add_argument("--samples", type=int, default=8192, help="windows of text")
+    parser.add_argument("--samples", type=int, default=8192, help="windows of text, of 256 tokens: all that is seen")
     parser.add_argument("--tokens", type=int, default=8_000_000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--only", nargs="*", help="rows to run, by name; all if absent")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reasoning", action="store_true")
-    parser.add_argument("--prompts", help="of --reasoning; of builtin:tiny its own")
-    parser.add_argument("--areas", nargs="*", default=["arithmetic"])
-    parser.add_argument("--prompt-samples", type=int, default=4096)
-    parser.add_argument("--reasoning-steps", type=int, default=2000)
-    parser.add_argument("--kept", type=int, nargs="*", default=[0, 1], help="blocks of the student of --reasoning")
-    parser.add_argument("--ask", default="")
-    parser.add_argument("--mark", default="So")
+    parser.add_argument("--no-step-ratio", action="store_true")
     parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--iterations", type=int, default=200)
     options = parser.parse_args()
@@ -190,9 +175,11 @@ def main() -> None:
         "options": {**vars(options), "model": Path(options.model).name},
         "environment": environment(threads=torch.get_num_threads(), device="cpu"),
         "teacher": {area: float(np.mean(right)) for area, right in teacher.items()} | {"mean": mean(teacher)},
-        "step_ratio": step_ratio(ready, options), "rows": [],
+        "rows": [],
     }  # fmt: skip
-    print(json.dumps(result["step_ratio"]), flush=True)
+    if not options.no_step_ratio:
+        result["step_ratio"] = step_ratio(ready, options)
+        print(json.dumps(result["step_ratio"]), flush=True)
     first: dict[str, list[int]] | None = None
     for name, row in rows(options).items():
         account, scores = distilled(ready, options, **row)

@@ -6,12 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compress.corrections import PEFT_BYTES
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.end_to_end import TRAINER_BYTES
 from compress.shapes import ModelShape
-
-#: What importing peft takes, with what it imports itself.
-PEFT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class BitBudget(BaseModel):
     @field_validator("size")
     @classmethod
     def _parsed(cls, value: int | str | None) -> int | str | None:
-        from compress.recipe_goals import parse_size
+        from compress.recipe.goals import parse_size
 
         try:
             parse_size(value or 0)
@@ -101,7 +101,7 @@ class BitBudget(BaseModel):
 
     @property
     def bytes(self) -> int | None:
-        from compress.recipe_goals import parse_size
+        from compress.recipe.goals import parse_size
 
         return None if self.size is None else parse_size(self.size)
 

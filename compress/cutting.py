@@ -16,7 +16,7 @@ import torch
 
 from compress.errors import CompressError, StartError
 from compress.examples import IGNORED, Example, encoded, fitted
-from compress.recipe_sections import DataEntry
+from compress.recipe.sections import DataEntry
 from compress.text import BUILTIN
 
 if TYPE_CHECKING:

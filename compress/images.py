@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from compress.data import Windows, windows_from
 from compress.errors import CompressError, StartError
-from compress.recipe_check import IMAGE_ENDINGS
+from compress.recipe.check import IMAGE_ENDINGS
 
 if TYPE_CHECKING:
     from compress.recipe import DataEntry

@@ -36,7 +36,7 @@ from compress.nn.quant_cache import CacheSpec, use_packed_cache
 from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear
 from compress.nn.running import run_as
-from compress.recipe_sections import Runtime
+from compress.recipe.sections import Runtime
 
 
 def load(
@@ -55,9 +55,10 @@ def load(
     packed, and of the arithmetic. Where a run could only store its model unpacked, its `exports/packed` is read.
     Where the model's history has a `kv_cache`, its cache is packed while it writes, unless `packed_cache` is false.
     Where an adapter stands beside the model (`DIR/adapter`), it is put in, unless `adapter` is false.
-    `activations="int8"`: the CPU kernel rounds inputs of few tokens, which is faster with AVX-512 VNNI and no AVX512-BF16. `prepack=True`:
-    plain bfloat16 layers are put into oneDNN's order, for models that only run. Default of both: what the run that made
-    the folder had under `runtime`, as far as this machine can.
+    `activations="int8"`: the CPU kernel rounds inputs of few tokens, which is faster on processors with AVX-512 VNNI
+    where inputs are float32, or there is no AVX512-BF16. `prepack=True`: plain bfloat16 layers are put into oneDNN's
+    order, for models that only run. Default of both: what the run that made the folder had under `runtime`, as far as
+    this machine can.
     `StartError` for a folder that is no model, or for what this machine lacks; `CompressError`, with the names, where
     the tensors do not fit.
     """

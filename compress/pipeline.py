@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
+from compress.corrections import put_beside
 from compress.errors import StartError
 from compress.explaining import explain
 from compress.fewer_tokens import keep_tokens, renumber_generation
@@ -139,7 +140,9 @@ def _compress(recipe: Recipe, ready: Prepared, work: Workspace, progress: Progre
         # A text at a time, as the reloading process runs them: rounded inputs turn the last bit of a sum into a step,
         # and LLM.int8 rounds by all the tokens that come together.
         expected = base = stream_outputs(model, ready.probe, tokens_per_batch=1)  # exports are of the base alone
-        if model.adapter is not None:
+        if model.adapter is not None and not model.resident:
+            expected = stream_outputs(model, ready.probe, 1, partial(put_beside, adapter=model.adapter))
+        elif model.adapter is not None:
             with model.adapter.attached(model.model):
                 expected = stream_outputs(model, ready.probe, tokens_per_batch=1)
         dtype = model.dtype

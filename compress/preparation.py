@@ -27,7 +27,7 @@ from compress.measure.measurements import BenchmarkJob, SpeedSettings
 from compress.opening import read_config, read_tokenizer, refuse_quantized
 from compress.planning import Plan, plan, refuse
 from compress.recipe import ROLES, Data, Recipe, Role
-from compress.recipe_check import of_harness
+from compress.recipe.check import of_harness
 from compress.registry import FORMATS, METRICS
 from compress.text import SKIP_HINT
 from compress.workspace import Workspace, fingerprint_folder

@@ -226,12 +226,18 @@ def batches_of(windows: Windows, tokens_per_batch: int) -> Iterator[dict[str, to
 
 
 @torch.no_grad()
-def stream_outputs(model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048) -> torch.Tensor:
+def stream_outputs(
+    model: ModelHandle, windows: Windows, tokens_per_batch: int = 2048, prepare: Callable[[Block], None] | None = None
+) -> torch.Tensor:
     """The model's logits (an encoder's last hidden state) [samples, length, width], with one block in memory.
 
-    Float32, on the CPU. This is the model as it stands under compression, whatever its residency.
+    Float32, on the CPU. This is the model as it stands under compression, whatever its residency. `prepare` may put
+    other layers in the place of a block's, with those in `Block.pending`, which are put back.
     """
     stream = CalibrationStream(model, windows, tokens_per_batch)
     for block in model.blocks():
+        if prepare is not None:
+            prepare(block)
         stream.advance(block)
+        block.seal()
     return torch.cat([out.float().cpu() for out in stream.outputs(stream.hidden)])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.errors import CompressError, StartError, nearest
-from compress.recipe_yaml import nearest_file
+from compress.recipe.document import nearest_file
 from compress.registry import yaml_words
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,6 @@ from compress.model import Block, QuantSpecs
 from compress.nn.bnb_linear import BnbSpec
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from compress.recipe import Recipe
@@ -200,7 +199,7 @@ class Guest(Stage):
         return dict(read_json(path)) if path.exists() else make()
 
 
-class Workspace:
+class Workspace(AbstractContextManager["Workspace"]):
     """A run's folder, locked while it is open. Made by `Workspace.open`, used as a context manager."""
 
     def __init__(self, folder: Path):
@@ -270,12 +269,7 @@ class Workspace:
     def close(self) -> None:
         self._file_lock.release()
 
-    def __enter__(self) -> Workspace:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     @property
@@ -297,11 +291,11 @@ class Workspace:
 
 
 def _refuse_change(folder: Path, old: dict[str, Any], recipe: Recipe, fingerprints: dict[str, str]) -> None:
-    from compress.recipe import differences
+    from compress.recipe import changes_since
 
     changed = []
     if old["digest"] != recipe.digest():
-        changed = differences(old["recipe"], recipe.canonical())
+        changed = changes_since(old["recipe"], recipe)
     for name, value in fingerprints.items():
         if old["fingerprints"].get(name, value) != value:
             changed.append(f"{name}: its content is not what it was")

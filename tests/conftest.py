@@ -1,5 +1,6 @@
 """Offline, and with one thread a process: the suite runs two processes side by side."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect():
+    """A run collects garbage three times, and looked at the million objects of the imports each time: half of its
+    time, where the model is tiny. What a file of tests finds is not looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,6 +31,27 @@ def _one_thread():
 def _own_caches(tmp_path_factory):
     """What teachers say is kept for the tests of one process alone."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forks(_own_caches):
+    """What runs and benchmarks do in processes of their own they do in forks, which spares the imports."""
+    from forks import use_forks
+
+    with pytest.MonkeyPatch.context() as patch:
+        close = use_forks(patch)
+        yield
+    close()
+
+
+@pytest.fixture
+def fresh_processes(monkeypatch):
+    """Interpreters of their own, as users have them, not forks."""
+    from compress.measure import benchmark, export_check, jobs, verification
+
+    for module in (export_check, verification):
+        monkeypatch.setattr(module, "run_child", jobs.run_child)
+    monkeypatch.setattr(benchmark, "job_server", jobs.job_server)
 
 
 @pytest.fixture(scope="session")

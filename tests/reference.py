@@ -327,6 +327,34 @@ def group_output_error(weight: np.ndarray, quantized: np.ndarray, inputs: np.nda
     return math.fsum(float(((weight - quantized) * token).sum()) ** 2 for token in inputs)
 
 
+# ------------------------------------------------------------------------------------------------------ low rank
+
+
+def trained_correction(weight, aim, inputs, left, right, scaling, rate, order):
+    """Hu et al. 2021, LoRA, section 4.1, trained by Adam (Kingma and Ba 2015, algorithm 1) to give a layer's outputs.
+
+    y = (W + s B A) x, the loss is the mean of (y - W* x)^2 over a batch of `inputs` [tokens, in], the batches taken in
+    `order`, the rate falling from `rate` to 0 in a straight line. Returns (B, A).
+    """
+    first, second, tiny = 0.9, 0.95, 1e-15
+    values = [left.astype(np.float64).copy(), right.astype(np.float64).copy()]
+    means = [np.zeros_like(value) for value in values]
+    squares = [np.zeros_like(value) for value in values]
+    for step, batch in enumerate(order):
+        x = inputs[batch].astype(np.float64)
+        b, a = values
+        lost = x @ (weight + scaling * b @ a - aim).T
+        to_product = 2 * lost.T @ x / lost.size  # [out, in]: d loss / d (W + s B A)
+        gradients = [scaling * to_product @ a.T, scaling * b.T @ to_product]
+        for place, gradient in enumerate(gradients):
+            means[place] = first * means[place] + (1 - first) * gradient
+            squares[place] = second * squares[place] + (1 - second) * gradient**2
+            mean = means[place] / (1 - first ** (step + 1))
+            square = squares[place] / (1 - second ** (step + 1))
+            values[place] = values[place] - rate * (1 - step / len(order)) * mean / (np.sqrt(square) + tiny)
+    return tuple(values)
+
+
 # --------------------------------------------------------------------------------------------- half-quadratic
 
 

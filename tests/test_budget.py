@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from reference import fisher_diagonal, token_divergence
@@ -379,7 +378,7 @@ def test_a_killed_run_with_a_budget_and_a_rounded_embedding_ends_with_the_same_b
     whole = run({**values, "output": str(tmp_path / "whole")})
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({**values, "output": str(tmp_path / "out")}))
-    done = subprocess.run([sys.executable, "-c", KILLER, str(path), "2"], capture_output=True, text=True, cwd=ROOT)
+    done = forks.python(KILLER, path, 2)
     assert done.returncode == -9, done.stderr
     stage = tmp_path / "out" / ".compress" / "stages" / "00-rtn"
     assert {"allocation.json", "outside.json", "model.layers.1.json"} <= {file.name for file in stage.iterdir()}

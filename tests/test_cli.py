@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import yaml
 from transformers import AutoTokenizer
@@ -160,13 +161,9 @@ def test_a_hub_model_without_a_hub_says_that_the_hub_is_needed(capsys, recipe, t
 
 
 def test_debug_shows_the_traceback(recipe):
-    done = subprocess.run(
-        [sys.executable, "-m", "compress", "run", str(recipe(passs=[])), "--debug"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert "Traceback" in done.stderr
+    program = "import runpy; runpy.run_module('compress', run_name='__main__')"
+    assert "Traceback" in forks.python(program, "run", recipe(passs=[]), "--debug").stderr
+    assert "Traceback" not in forks.python(program, "run", recipe(passs=[])).stderr
 
 
 def test_usage_errors_exit_with_2(capsys):

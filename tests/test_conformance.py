@@ -26,8 +26,24 @@ REFUSED = {
 
 #: Training takes longest, and looks at fewer things of a family: one of each kind, and those that are refused.
 TRAINED_ON = ("llama", "gemma3", "gpt2", "mixtral", "distilbert", "bert", "t5", "vit")
+#: Families whose blocks hold the same kinds of layers, called the same way, as another's: to a pass that sees no more
+#: than a block's layers they are that one again. `gptq` and `rtn` stand for such passes, with a text and without.
+LIKE = ("qwen3", "mistral", "opt", "roberta", "qwen3_moe")
+ALONE = ("gptq", "rtn")
+
+
+def _again(name, family):
+    """Whether another cell of the table runs the same code: of a pass that changes weights, and neither removes nor
+    rescales, on a family that is like another."""
+    cls = PASSES.get(name)
+    of_layers = cls.changes_weights and not (cls.structural or cls.rescales or cls.changes_outside)
+    return of_layers and family in LIKE and name not in ALONE
+
+
 CASES = [
-    (name, family) for name in PASS_NAMES for family in (TRAINED_ON if PASSES.get(name).needs_training else FAMILIES)
+    pytest.param(name, family, marks=pytest.mark.slow) if _again(name, family) else (name, family)
+    for name in PASS_NAMES
+    for family in (TRAINED_ON if PASSES.get(name).needs_training else FAMILIES)
 ]
 
 

@@ -3,10 +3,8 @@
 import errno
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forks
 import pytest
 import torch
 import yaml
@@ -17,8 +15,6 @@ from compress.errors import CompressError, StartError
 from compress.pipeline import run
 from compress.recipe import Recipe
 from compress.testing import save_tiny
-
-ROOT = Path(__file__).parents[1]
 
 
 def recipe(model, text, output, **changes):
@@ -138,9 +134,7 @@ def test_a_second_run_on_a_folder_in_use_is_refused(tiny_folder, text_file, tmp_
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values.canonical()))
     with Workspace.open(tmp_path / "out", values, {}):
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / "recipe.yaml")], capture_output=True, text=True, cwd=ROOT
-        )
+        done = forks.python(script, tmp_path / "recipe.yaml")
     assert "CompressError" in done.stdout
     assert "in use by another run" in done.stdout
 
@@ -217,15 +211,13 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_uninterrupted_on
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(tiny_folder, text_file, tmp_path / "out")))
     for place in ("tensor", "block", "second pass", "folder", "verify"):
-        done = subprocess.run(
-            [sys.executable, "-c", KILLER, str(path), place], capture_output=True, text=True, cwd=ROOT
-        )
+        done = forks.python(KILLER, path, place)
         assert done.returncode == -9, f"{place}: {done.stderr}"
         assert not (tmp_path / "out" / "report.json").exists()
     first = next((tmp_path / "out" / ".compress" / "stages").glob("00-*"))
     assert not list(first.glob("*.safetensors"))
     seconds = json.loads((first / "complete.json").read_text())["seconds"]
-    done = subprocess.run([sys.executable, "-c", KILLER, str(path), "never"], capture_output=True, text=True, cwd=ROOT)
+    done = forks.python(KILLER, path, "never")
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "out" / "model") == content(finished[0] / "model")
     reports = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "out", finished[0])]

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from compress.errors import CompressError, RecipeError, StartError
 from compress.passes.base import Pass, PassResult
-from compress.recipe import DataEntry, Recipe, differences, parse_goal, parse_size
-from compress.recipe_yaml import parse_yaml
+from compress.recipe import DataEntry, Recipe, changes_since, differences, parse_goal, parse_size
+from compress.recipe.document import parse_yaml
 from compress.registry import FORMATS, PASSES, RUNTIMES
 from compress.starter import starter_recipe
 
@@ -684,6 +684,81 @@ def test_differences_are_said_by_place() -> None:
 def test_another_pass_at_a_place_is_one_difference() -> None:
     old, new = (Recipe.from_dict(tiny(name)).canonical() for name in ("rounding", "polishing"))
     assert differences(old, new) == ["passes.0: rounding -> polishing"]
+
+
+def _without(canonical: dict[str, Any], *places: str) -> dict[str, Any]:
+    """The canonical recipe as a version before these keys stored it."""
+    stored = json.loads(json.dumps(canonical))
+    for place in places:
+        inner: Any = stored
+        *above, last = [int(key) if key.isdigit() else key for key in place.split("/")]
+        for key in above:
+            inner = inner[key]
+        del inner[last]
+    return stored
+
+
+#: Keys that a version before them did not store: of the recipe, a part of it, a text, a pass, a group of options.
+LATER = ("runtime", "dtype", "data/calibration/skip_bad", "data/calibration/pack", "data/calibration/seed",
+         "passes/0/zeroing/damping", "passes/0/zeroing/pattern", "passes/1/measured/scale", "passes/1/measured/ruler/marks")  # fmt: skip
+
+
+class Ruler(BaseModel):
+    """A group of options inside a pass."""
+
+    length: int
+    marks: int = 10
+
+
+class Measured(Rounding):
+    name: ClassVar[str] = "measured"
+
+    ruler: Ruler | None = None
+    scale: Ruler | None = None
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A recipe with changes to the options of its passes and its text, and to its own keys."""
+    monkeypatch.setitem(PASSES.table, "measured", f"{__name__}:Measured")
+    written(tmp_path, "{}", "t.jsonl")
+
+    def build(zeroing: Any = None, measured: Any = None, text: Any = None, **keys: Any) -> Recipe:
+        passes = {"zeroing": zeroing or {}}, {"measured": {"ruler": {"length": 3}, **(measured or {})}}
+        data = {"calibration": {"source": str(tmp_path / "t.jsonl"), **(text or {})}}
+        return Recipe.from_dict(tiny(*passes, data=data, **keys))
+
+    return build
+
+
+@pytest.mark.parametrize("place", LATER)
+def test_a_key_that_came_later_is_no_change_where_it_has_its_default(measured: Any, place: str) -> None:
+    recipe = measured()
+    stored = _without(recipe.canonical(), place)
+    assert differences(stored, recipe.canonical()), "it decides the model"
+    assert changes_since(stored, recipe) == []
+    assert changes_since(_without(recipe.canonical(), *LATER), recipe) == []
+
+
+def test_a_key_that_came_later_is_a_change_where_it_has_another_value(measured: Any) -> None:
+    stored = _without(measured().canonical(), *LATER)
+    assert changes_since(stored, measured(dtype="float32")) == ['dtype: "auto" -> "float32"']
+    assert changes_since(stored, measured(runtime={"prepack": True})) == ["runtime.prepack: false -> true"]
+    assert changes_since(stored, measured(text={"pack": False})) == ["data.calibration.pack: true -> false"]
+    assert changes_since(stored, measured(zeroing={"pattern": "2:4"})) == ['passes.0.zeroing.pattern: null -> "2:4"']
+    assert changes_since(stored, measured(measured={"ruler": {"length": 3, "marks": 5}})) == [
+        "passes.1.measured.ruler.marks: 10 -> 5"
+    ]
+    defaults_of_a_group = measured(measured={"scale": {"length": 3}})
+    assert changes_since(stored, defaults_of_a_group)[0].startswith("passes.1.measured.scale: null -> ")
+
+
+def test_what_was_stored_is_compared_as_it_stands(measured: Any) -> None:
+    stored = measured(zeroing={"damping": 0.1}).canonical()
+    assert changes_since(stored, measured()) == ["passes.0.zeroing.damping: 0.1 -> 0.01"]
+    stored["passes"][0]["zeroing"]["gone"] = 3
+    assert changes_since(stored, measured(zeroing={"damping": 0.1})) == ["passes.0.zeroing.gone: 3 -> (absent)"]
+    assert "passes.0: zeroing -> rounding" in changes_since(stored, Recipe.from_dict(tiny("rounding")))
 
 
 # Schema and starter

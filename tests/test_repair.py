@@ -115,7 +115,7 @@ def test_a_run_killed_in_the_walk_ends_with_the_same_bytes(folder, tmp_path, mon
     run(_values(folder, tmp_path / "whole"))
     from compress.passes import repair
 
-    done, calls = repair._corrections, []
+    done, calls = repair.corrections, []
 
     def once_more(*args):
         calls.append(1)
@@ -124,7 +124,7 @@ def test_a_run_killed_in_the_walk_ends_with_the_same_bytes(folder, tmp_path, mon
         return done(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(repair, "_corrections", once_more)
+        patch.setattr(repair, "corrections", once_more)
         with pytest.raises(KeyboardInterrupt):
             run(_values(folder, tmp_path / "killed"))
         run(_values(folder, tmp_path / "killed"))

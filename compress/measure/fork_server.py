@@ -20,8 +20,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from compress.errors import CompressError
@@ -30,7 +30,7 @@ from compress.errors import CompressError
 PATIENCE = 300.0
 
 
-class ForkServer:
+class ForkServer(AbstractContextManager["ForkServer"]):
     """Asks a fork server, started with the first job; a context manager, after which it is gone."""
 
     def __init__(self, environment: Mapping[str, str]):
@@ -82,12 +82,7 @@ class ForkServer:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._process = self._folder = None
 
-    def __enter__(self) -> ForkServer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compress.recipe_goals import Goal, parse_goal
+from compress.recipe.goals import Goal, parse_goal
 from compress.reports.report import Figure, GoalResult
 
 

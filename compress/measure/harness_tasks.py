@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from compress.errors import MissingExtra, StartError, nearest
-from compress.recipe_yaml import nearest_file
+from compress.recipe.document import nearest_file
 from compress.registry import yaml_words
 
 ENDINGS = (".yaml", ".yml")

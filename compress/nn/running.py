@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from compress.errors import StartError
 from compress.nn import cpu, prepacked, torch_int4
 from compress.nn.quant_linear import QuantLinear
-from compress.recipe_sections import Runtime
+from compress.recipe.sections import Runtime
 
 log = logging.getLogger("compress")
 

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -196,44 +197,19 @@ class Pass(BaseModel):
         (`prompt` and `completion`, `messages`, `text` and `label`). `original`: the model, or the folder of the model,
         that such a pass learns from.
         """
-        from torch import Tensor as Ids
-
-        from compress.data import read_texts
-        from compress.images import windows_given
-        from compress.locating import classes_of
         from compress.model import ModelHandle
 
         handle = ModelHandle.wrap(model)
         refuse_states(self, handle.states)
         refuse_model(self, model)
-
-        if isinstance(calibration, str):
-            calibration = [calibration]
-        read = self.needs_documents and not isinstance(calibration, Ids)
-        if read and calibration is not None:
-            calibration = list(calibration)
-        if read and tokenizer is None:
-            raise StartError(f"{self.name} counts tokens in texts: pass tokenizer=..., or token ids [samples, length].")
-
-        def documents(source: str | None) -> Iterator[str]:
-            if source is None and calibration is None:
-                raise StartError(f"{self.name} needs calibration text: pass calibration=[...] (texts or token ids).")
-            return iter(calibration or ()) if source is None else read_texts(source, tokenizer)
-
-        def cut(text: Iterable[Any] | torch.Tensor | None, what: Literal["calibration", "training"]) -> Windows:
-            if text is None:
-                raise StartError(f"{self.name} needs {what} text: pass {what}=[...] (texts or token ids).")
-            return windows_given(
-                text, model.config, tokenizer, samples=samples if what == "calibration" else None, length=length,
-                seed=seed, context=handle.context_length, role=what,
-                labels=classes_of(model.config) if what == "training" else None,
-            )  # fmt: skip
-
+        texts = _documents(self, calibration, tokenizer)
+        windows = partial(_windows, self, handle, tokenizer, length=length, seed=seed)
+        by_window = self.takes_calibration and texts is None
         context = Context(
-            calibration=cut(calibration, "calibration") if self.takes_calibration and not read else None,
+            calibration=windows("calibration", calibration, samples=samples) if by_window else None,
             tokenizer=tokenizer,
-            texts=documents if read else None,
-            training=cut(training, "training") if self.needs_training else None,
+            texts=texts,
+            training=windows("training", training) if self.needs_training else None,
             original=_opener(original, handle) if original is not None else None,
             original_folder=Path(original) if isinstance(original, str | Path) else None,
             seed=seed,
@@ -245,6 +221,51 @@ class Pass(BaseModel):
         if handle.adapter is not None:
             handle.adapter.attach(model)
         return replace(result, model=handle.model)
+
+
+def _documents(
+    pass_: Pass, calibration: Iterable[str] | torch.Tensor | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Callable[[str | None], Iterator[str]] | None:
+    """What reads the documents of a source, or (None) of the calibration text, for a pass that needs them whole; None
+    where it gets windows of tokens."""
+    from torch import Tensor as Ids
+
+    from compress.data import read_texts
+
+    if not pass_.needs_documents or isinstance(calibration, Ids):
+        return None
+    if tokenizer is None:
+        raise StartError(f"{pass_.name} counts tokens in texts: pass tokenizer=..., or token ids [samples, length].")
+    kept = [calibration] if isinstance(calibration, str) else None if calibration is None else list(calibration)
+
+    def documents(source: str | None) -> Iterator[str]:
+        if source is not None:
+            return read_texts(source, tokenizer)
+        if kept is None:
+            raise StartError(f"{pass_.name} needs calibration text: pass calibration=[...] (texts or token ids).")
+        return iter(kept)
+
+    return documents
+
+
+def _windows(
+    pass_: Pass,
+    handle: ModelHandle,
+    tokenizer: PreTrainedTokenizerBase | None,
+    role: Literal["calibration", "training"],
+    text: Iterable[Any] | torch.Tensor | None,
+    **how: Any,
+) -> Windows:
+    """Windows of the text that was given for a role, or StartError where none was; `how` (samples, length, seed) is as
+    of `windows_from`."""
+    from compress.images import windows_given
+    from compress.locating import classes_of
+
+    if text is None:
+        raise StartError(f"{pass_.name} needs {role} text: pass {role}=[...] (texts or token ids).")
+    config = handle.model.config
+    labels = classes_of(config) if role == "training" else None
+    return windows_given(text, config, tokenizer, context=handle.context_length, role=role, labels=labels, **how)
 
 
 def _opener(original: PreTrainedModel | str | Path, like: ModelHandle) -> Callable[[], PreTrainedModel]:

@@ -73,7 +73,8 @@ class LoRA(Pass):
     init_lora_weights: Literal["default", "gaussian", "pissa", "eva", "loftq", "repair"] = Field(
         default="default",
         description="Where adapters begin. pissa: at the weights' principal directions (dense bases); eva: at those of "
-        "the inputs; loftq: at the best for what rounding or pruning took; repair: at what the pass repair left.",
+        "the inputs; loftq: at the best for what rounding or pruning took; repair: at what the pass repair "
+        "left, or block_distill.",
     )
     modules_to_save: list[str] | None = Field(
         default=None,
@@ -241,7 +242,10 @@ class LoRA(Pass):
                 "leave out the pass that made it."
             )
         if self.init_lora_weights == "repair" and "adapter" not in model.states:
-            raise StartError(f"{self.name}: init_lora_weights: repair needs the pass repair before it.")
+            raise StartError(
+                f"{self.name}: init_lora_weights: repair needs the pass repair before it, or block_distill with train: "
+                "low_rank."
+            )
         compressed = {"quantized", "sparse"} & model.states
         if self.init_lora_weights == "pissa" and compressed:
             raise StartError(f"{self.name}: pissa takes its start out of dense weights, and these are not: use loftq.")

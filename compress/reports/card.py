@@ -16,7 +16,7 @@ import yaml
 
 from compress import __version__
 from compress.recipe import Recipe
-from compress.recipe_changes import HOW_IT_IS_DONE
+from compress.recipe.changes import HOW_IT_IS_DONE
 from compress.reports.again import recipe_yaml
 from compress.reports.headline import quality_words, size_words
 from compress.reports.markdown import comparison_rows, export_table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 def page(report: Report, others: Sequence[Report] = ()) -> str:
     """The whole page as text. `others`: further reports, compared with this one's models in plots and table."""
+    return str(_template().render(content(report, others)))
+
+
+@cache
+def _template() -> Any:
+    """The page's template; reading it takes longer than filling it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -32,7 +39,7 @@ def page(report: Report, others: Sequence[Report] = ()) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["without_interval"] = without_interval
-    return environment.get_template("report.html.j2").render(content(report, others))
+    return environment.get_template("report.html.j2")
 
 
 def render(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -89,17 +87,13 @@ class Shelf:
         self.written[name] = Written(folder, outputs(model, self.tokens), model)
 
     def read_plainly(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """(outputs, failures) by name, of a process in which compress cannot be imported."""
+        """(outputs, failures) by name, of a process in which compress is not imported."""
         folders = {
             name: (str(written.folder), "AutoModel" if "bert" in name else "", self.tokens.tolist())
             for name, written in self.written.items()
         }
         target = self.root / "plain.safetensors"
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", PLAIN_READER, json.dumps(folders), str(target)],
-            capture_output=True, text=True, cwd=self.root, env=environment, timeout=250, check=False,
-        )  # fmt: skip
+        done = forks.python(PLAIN_READER, json.dumps(folders), target, cwd=self.root)
         assert done.returncode == 0, done.stderr[-3000:]
         failures: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
         return load_file(target), failures

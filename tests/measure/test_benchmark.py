@@ -144,19 +144,7 @@ def test_nothing_but_kept_results_stays_behind(measured):
     assert {path.name.split("-")[0] for path in measured.workdir.iterdir()} == kinds
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The worker runs in this process: what it does is the same, and the import of torch is spared."""
-
-    def run_child(command, *, out=None, **_):
-        if worker.main(command[-1]) != 0:
-            raise CompressError(json.loads((out / "result.json").read_text())["error"])
-
-    monkeypatch.setattr("compress.measure.jobs.run_child", run_child)
-    monkeypatch.setattr(worker, "die_with_parent", lambda: None)
-
-
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("same_process")
 def test_a_broken_model_gives_one_sentence(pair, tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
@@ -194,7 +182,7 @@ def test_speed_settings_fit_a_short_context():
     assert fitted.prompt < 16
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("same_process")
 def test_an_encoder_has_no_perplexity_and_the_reason_is_given(tmp_path):
     from transformers import BertConfig, BertModel
 
@@ -214,7 +202,7 @@ def test_an_encoder_has_no_perplexity_and_the_reason_is_given(tmp_path):
     json.dumps({name: figure.model_dump() for name, figure in found.figures.items()}, allow_nan=False)
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("same_process")
 def test_packed_layers_count_the_weights_they_stand_for(pair):
     from torch import nn
 

@@ -6,6 +6,8 @@ from compress.errors import CompressError
 from compress.measure import verification
 from compress.testing import tiny_tokens
 
+pytestmark = pytest.mark.usefixtures("fresh_processes")
+
 
 def test_the_folder_reloaded_gives_the_logits_of_the_model_in_memory(pair, tmp_path):
     ids = tiny_tokens(samples=2, length=10)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.recipe_goals import Goal, parse_goal
+from compress.recipe.goals import Goal, parse_goal
 
 Role = Literal["calibration", "evaluation", "training"]
 ROLES: tuple[Role, ...] = ("calibration", "evaluation", "training")

@@ -15,31 +15,25 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr
 
 from compress.errors import RecipeError
-from compress.recipe_changes import decisive, differences
-from compress.recipe_check import Checker, check_order, plain, step_name
-from compress.recipe_goals import (
+from compress.recipe.changes import decisive
+from compress.recipe.check import Checker, check_order, plain, step_name
+from compress.recipe.document import Document, Place
+from compress.recipe.goals import (
     ANSWER_METRICS,
     CLASS_METRICS,
     TEXT_METRICS,
     VARIED,
-    Goal,
     known_metric,
     parse_goal,
     parse_size,
 )
-from compress.recipe_sections import ROLES, Benchmark, Data, DataEntry, Role, Runtime, Section
-from compress.recipe_yaml import Document, Place
+from compress.recipe.sections import ROLES, Benchmark, Data, DataEntry, Runtime, Section
 from compress.registry import FORMATS, HUB, METRICS, PASSES, yaml_words
 
 if TYPE_CHECKING:
     from compress.passes.base import Pass
 else:
     Pass = Any
-
-__all__ = [
-    "ROLES", "Benchmark", "Data", "DataEntry", "Goal", "Recipe", "Role", "Runtime", "check_order", "differences",
-    "parse_goal", "parse_size",
-]  # fmt: skip
 
 
 class Recipe(Section):

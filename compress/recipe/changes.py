@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from compress.registry import yaml_words
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
 
 #: Where and how the work is done: this decides neither the model nor what a card says of it.
 HOW_IT_IS_DONE = ("output", "device", "residency", "memory", "min_coverage")
@@ -24,6 +29,33 @@ def decisive(canonical: Mapping[str, Any]) -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What changed from one canonical recipe to another, of what decides the result: `passes.0.gptq.bits: 4 -> 3`."""
     return _differences(decisive(old), decisive(new), "")
+
+
+def changes_since(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """What changed from a stored canonical recipe, which an older version may have written, to this one. An option that
+    came later is at its default in what was stored before it."""
+    data = dict(old.get("data") or {})
+    for role in data:
+        entry = getattr(recipe.data, role, None)
+        if entry is not None and data[role] is not None:
+            plain = type(entry)(source=entry.source).resolved(role, old.get("seed", 0))
+            data[role] = {**plain.model_dump(mode="json"), **data[role]}
+    passes = list(old.get("passes") or ())
+    for index, (entry, step) in enumerate(zip(passes, recipe.passes, strict=False)):
+        if step.name in entry:
+            passes[index] = {step.name: _completed(entry[step.name], step)}
+    return differences(_completed({**old, "data": data, "passes": passes}, recipe), recipe.canonical())
+
+
+def _completed(old: Mapping[str, Any], model: BaseModel) -> dict[str, Any]:
+    """Stored options with the defaults of those that they lack, where `model` holds the options of today."""
+    defaults = type(model).model_construct().model_dump(mode="json", warnings=False)
+    found = {**defaults, **old}
+    for name, value in found.items():
+        part = getattr(model, name, None)
+        if isinstance(part, BaseModel) and isinstance(value, Mapping):
+            found[name] = _completed(value, part)
+    return found
 
 
 _ABSENT = object()

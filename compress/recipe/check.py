@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from compress.errors import CompressError, RecipeError, nearest
-from compress.recipe_yaml import Document, Place, nearest_file, pass_entry
+from compress.recipe.document import Document, Place, nearest_file, pass_entry
 from compress.registry import PASSES, RUNTIMES, allowed_words, models_in, yaml_words
 
 if TYPE_CHECKING:
