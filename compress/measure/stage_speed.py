@@ -21,7 +21,7 @@ from compress.reports.report import Figure
 
 if TYPE_CHECKING:
     from compress.model import ModelHandle
-    from compress.recipe_sections import Runtime
+    from compress.recipe.sections import Runtime
 
 DECODE = "decode_tokens_per_second"
 #: Two readings of a short prompt, and 32 tokens written, five times.

@@ -15,7 +15,7 @@ from compress.passes.rtn import RTN
 from compress.pipeline import run
 from compress.progress import Progress
 from compress.recipe import Recipe
-from compress.recipe_sections import Runtime
+from compress.recipe.sections import Runtime
 from compress.reports.points import quality_plots
 from compress.reports.report import Report
 from compress.testing import save_tiny, tiny_model, tiny_tokens
