@@ -23,6 +23,9 @@ from compress.recipe import Recipe
 from compress.reports.report import Report
 from compress.workspace import FOLDER
 
+#: What is timed where nothing else is said: unlike a run, the command has nothing else to do.
+SPEEDS = {"batches": [1, 4, 16], "prompt_tokens": [128, 1024], "setting_seconds": 120}
+
 
 def benchmark(
     models: Sequence[str | Path],
@@ -35,12 +38,14 @@ def benchmark(
     """Measures models (folders, hub ids, `builtin:tiny`; `DIR` or `DIR/model`) against the first one.
 
     `overrides` are recipe keys as after `--set` (`data.evaluation=FILE`, `benchmark.tasks=[...]`); goals are checked on
-    the second model. With `output` the report is written there as report.json, .md and .html.
+    the second model. Speeds are taken in all of `SPEEDS` that fits. With `output` the report is written there as
+    report.json, .md and .html.
     """
     if not models:
         raise StartError("compress benchmark needs models: the original first, then those to compare with it.")
     names = [str(model) for model in models]
-    recipe = Recipe.from_dict({"model": names[0]}, name="benchmark", overrides=overrides, device=device)
+    values = {"model": names[0], "benchmark": dict(SPEEDS)}
+    recipe = Recipe.from_dict(values, name="benchmark", overrides=overrides, device=device)
     if recipe.benchmark is False:
         raise StartError("benchmark: false leaves nothing to measure.")
     folders = [str(locate(name)) for name in names]

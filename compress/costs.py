@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from compress.budget import batch_tokens
+from compress.measure.damage import TOKENS as DAMAGE_TOKENS
 from compress.measure.likelihood import CHUNK_BUDGET, LOGITS_BUDGET, TOKENS_BUDGET
 from compress.passes.base import BlockPass, Context
 from compress.passes.structural import StructuralPass
@@ -184,6 +186,31 @@ def exporting(shape: ModelShape, holding: Holding, weights_bytes: int, export_by
     largest = shape.largest_tensor // shape.dtype.itemsize * 4
     engine = {"the export, laid out for its engine": 3 * export_bytes, "its largest layer expanded": 2 * largest}
     return max(writing, checking, engine if export_bytes else {}, key=total)
+
+
+def damaging(shape: ModelShape, holding: Holding, text: Text, found_block: int) -> Parts:
+    """Measuring what a pass did, block by block, `shape` being as it leaves the model: the model as it was found is
+    read anew, a block at a time (the largest of `found_block` bytes), and the text goes through it once as it is and
+    once for each block."""
+    tokens = max(1, DAMAGE_TOKENS // text.length) * text.length
+    parts = model(shape, holding, used_outside=True)
+    parts |= {"packed layers": shape.packed_bytes} if holding.resident else {"block": shape.largest_block()}
+    parts |= {"outside the blocks, as found": shape.outside_bytes, "block, as found": found_block}
+    blocks = len(shape.handle.block_list())
+    seen = Text(max(1, tokens // text.length), text.length, text.read_bytes)
+    parts["hidden states"] = hidden_states(shape, seen, blocks + 3)
+    together = min(tokens, batch_tokens(text.length, shape.vocabulary))
+    running = {"activations": activations(shape, shape.widest, together, text.length)}
+    # Of both models; and softmaxes in float64, of a few tokens at a time
+    logits = {"logits": 2 * together * shape.vocabulary * shape.dtype.itemsize, "softmax": 160 * 8 * shape.vocabulary}
+    return parts | max(running, logits, key=total)
+
+
+def stage(shape: ModelShape, holding: Holding, weights_bytes: int) -> Parts:
+    """Timing the model that a pass leaves: it waits in memory while another process runs what was written of it, and
+    the original beside that."""
+    parts = model(shape, holding, used_outside=True) | {"packed layers": shape.packed_bytes * holding.resident}
+    return parts | measuring(shape, None, weights_bytes)
 
 
 def measuring(shape: ModelShape, text: Text | None, weights_bytes: int | None) -> Parts:

@@ -19,10 +19,12 @@ from compress.errors import CompressError
 from compress.formats.folder import default_format
 from compress.measure.damage import SIZE_LIMIT, Pairs, chosen, measure_damage, nothing, standard_error, text_loss
 from compress.measure.runtimes import is_causal
+from compress.measure.stage_speed import DECODE, stage_speed
 from compress.passes.structural import StructuralPass
 from compress.progress import Progress
 from compress.registry import FORMATS
 from compress.reports.report import Figure
+from compress.workspace import FOLDER
 
 if TYPE_CHECKING:
     from compress.model import ModelHandle
@@ -69,6 +71,10 @@ def explain(
     if wanted.stages and later and pass_.changes_weights:
         text = None if other_tokens or ready.kept_tokens is not None else ready.evaluation
         found["measurements"] = stage_figures(model, text, other_tokens or ready.kept_tokens is not None)
+        if ready.job is not None and ready.job.wants("speed"):
+            scratch = ready.output / FOLDER / "measure"
+            speed = stage_speed(model, ready.folder, ready.job, recipe.runtime, scratch, progress)
+            found["measurements"][DECODE] = speed.model_dump()
     gc.collect()  # the next pass's memory is measured from here on
     return_freed_memory()
     return found

@@ -23,7 +23,7 @@ from compress.formats.folder import default_format, packed_export_note, write_mo
 from compress.measure.benchmark import generations, measure_compressed, measure_original
 from compress.measure.comparison import compare, original_figures
 from compress.measure.environment import environment
-from compress.measure.export_check import export_words, unverified, verify_export
+from compress.measure.export_check import unverified, verify_export
 from compress.measure.flips import flips, worst
 from compress.measure.goals import check_goals
 from compress.measure.jobs import cache_folder
@@ -375,5 +375,5 @@ def _report(recipe: Recipe, ready: Prepared, written: Written) -> Report:
         stages=written.stages,
         verified=written.verified,
         exports=written.exports,
-        notes=[*ready.notes, *written.notes, *map(export_words, written.exports)],
+        notes=[*ready.notes, *written.notes],
     )

@@ -18,11 +18,13 @@ import torch
 from compress import costs
 from compress.checkpoint import checkpoint_bytes
 from compress.errors import StartError
+from compress.explaining import Wanted
 from compress.formats.base import Format
 from compress.formats.folder import default_format, packed_export_note
 from compress.images import patches_of, pixel_bytes, reads_images
 from compress.loading import stored_dtype
 from compress.locating import locate
+from compress.measure.running import SPEEDS
 from compress.opening import read_config, refuse_quantized, resolve_dtype
 from compress.passes.base import BlockPass, Pass
 from compress.passes.structural import StructuralPass
@@ -36,13 +38,15 @@ if TYPE_CHECKING:
 #: Config, card, records of blocks and of measurements: what is written beside weights and tokenizers.
 SMALL_FILES_BYTES = 1 << 20
 LOAD, BEFORE, EXPORT, AFTER = "load", "benchmark original", "export", "benchmark compressed"
+#: After the name of a pass: what it did, and how fast the model is that it leaves.
+DAMAGE, SPEED = "damage", "speed"
 
 
 @dataclass(frozen=True)
 class PlanStep:
     """One step of a run. Bytes: `memory` at its peak, `disk` in use by the run at its peak, `weights` of all
     `*.safetensors` if the model were written as it stands after the step. `parts` are what memory is the sum of;
-    `options` of a pass are those that were chosen so that it fits."""
+    `options` of a pass are those that were chosen so that it fits, `place` its place in the recipe (None: no pass)."""
 
     name: str
     memory_bytes: int
@@ -51,6 +55,7 @@ class PlanStep:
     note: str = ""
     parts: dict[str, int] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Plan:
         return self._step_of(index).options
 
     def _step_of(self, index: int) -> PlanStep:
-        return self.steps[index + (2 if self.steps[1].name == BEFORE else 1)]
+        return next(step for step in self.steps if step.place == index)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON-able values."""
@@ -102,7 +107,7 @@ def plan(recipe: Recipe) -> Plan:
     dtype = resolve_dtype(recipe.dtype, config)
     shape = ModelShape.of(config, dtype)
     beside = sum(f.stat().st_size for f in folder.iterdir() if f.suffix != ".safetensors" and f.is_file())
-    steps = _Walkthrough(recipe, shape, stored_dtype(config), beside).steps()
+    steps = _Walkthrough(recipe, shape, stored_dtype(config), beside, Wanted.of(recipe, folder)).steps()
     return Plan(
         steps=tuple(steps),
         memory_bytes=max(step.memory_bytes for step in steps),
@@ -115,10 +120,11 @@ def plan(recipe: Recipe) -> Plan:
 
 class _Walkthrough:
     """A recipe's steps in their order. `shape` and `stages` (bytes of the files of each pass that are kept) change as
-    the model and the disk would; `beside` are the bytes of what a model's folder holds besides weights."""
+    the model and the disk would; `beside` are the bytes of what a model's folder holds besides weights, `wanted` is
+    what is measured of each pass."""
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, stored: torch.dtype, beside: int):
-        self.recipe, self.shape, self.beside = recipe, shape, beside
+    def __init__(self, recipe: Recipe, shape: ModelShape, stored: torch.dtype, beside: int, wanted: Wanted):
+        self.recipe, self.shape, self.beside, self.wanted = recipe, shape, beside, wanted
         self.holding = costs.Holding(resident=recipe.residency == "memory", stored=stored)
         self.shape.resident = self.holding.resident
         self.stages: list[int] = []
@@ -130,7 +136,10 @@ class _Walkthrough:
         steps = [self._step(LOAD, costs.loading(self.shape, self.holding), note=note)]
         if benchmark:
             steps.append(self._step(BEFORE, self._measuring(None)))
-        steps += [self._pass(pass_) for pass_ in self.recipe.passes]
+        for place, pass_ in enumerate(self.recipe.passes):
+            found = self.shape.largest_block(), self._vocabulary()
+            steps.append(replace(self._pass(pass_), place=place))
+            steps += self._explaining(pass_, place, *found)
         steps.append(self._export())
         if benchmark:
             last = steps[-1]
@@ -192,6 +201,34 @@ class _Walkthrough:
         kept = self.shape.stage_bytes(pass_.changes_outside)
         self.stages = [*(self.stages[-1:] if self.holding.resident else self.stages), kept]
         return replace(self._step(pass_.name, parts, note=note), options=options)
+
+    def _explaining(self, pass_: Pass, place: int, found_block: int, vocabulary: int) -> list[PlanStep]:
+        """What is measured of a pass, once it is done: see `compress.explaining`. `found_block`: bytes of the largest
+        block that the pass found, `vocabulary` the tokens."""
+        steps = []
+        entry = self.recipe.data.evaluation or (
+            self.recipe.data.calibration if any(each.takes_calibration for each in self.recipe.passes) else None
+        )
+        compares = self._vocabulary() == vocabulary and len(self.shape.handle.stacks) == 1
+        if self.wanted.damage and pass_.changes_weights and entry and compares:
+            parts = costs.damaging(self.shape, self.holding, _text(entry, self.shape), found_block)
+            steps.append(self._step(f"{pass_.name}: {DAMAGE}", parts))
+        later = any(each.changes_weights for each in self.recipe.passes[place + 1 :])
+        if self.wanted.stages and later and pass_.changes_weights and self._times():
+            size = self._folder_bytes()
+            disk = sum(self.stages) + size + SMALL_FILES_BYTES
+            steps.append(self._step(f"{pass_.name}: {SPEED}", costs.stage(self.shape, self.holding, size), disk))
+        return steps
+
+    def _vocabulary(self) -> int:
+        return int(getattr(self.shape.handle.config.get_text_config(), "vocab_size", 0))
+
+    def _times(self) -> bool:
+        """Whether the benchmark measures speed."""
+        asked = self.recipe.benchmark
+        if asked is False:
+            return False
+        return asked.metrics is None or any(name.partition("/")[0] in SPEEDS for name in asked.metrics)
 
     def _export(self) -> PlanStep:
         contents = self.shape.contents()
@@ -258,6 +295,10 @@ def _help(step: PlanStep, recipe: Recipe) -> str:
     """What would make the step smaller."""
     if step.name in (BEFORE, AFTER):
         return "Set benchmark: false, or measure on a machine with more memory."
+    if step.name.endswith(f": {DAMAGE}"):
+        return "Set benchmark.damage=false, which leaves this out."
+    if step.name.endswith(f": {SPEED}"):
+        return "Set benchmark.stages=false, which leaves this out."
     if step.parts.get("its weights expanded"):
         return "Plain transformers, which checks the written folder, expands it: that needs a machine with more memory."
     ways = [] if recipe.residency == "disk" else ["residency: disk"]

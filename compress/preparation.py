@@ -230,7 +230,7 @@ def benchmark_job(recipe: Recipe, device: str, evaluation: Windows | None) -> Be
         seed=recipe.seed,
         speed=SpeedSettings(
             batches=asked.batches, prompts=asked.prompt_tokens, new_tokens=asked.new_tokens, rounds=asked.rounds,
-            warmup=asked.warmup,
+            warmup=asked.warmup, most_seconds=asked.setting_seconds,
         ),
         runtimes=asked.runtimes,
         watts=asked.watts,

@@ -168,6 +168,7 @@ METRICS = MetricRegistry(
         "peak_memory_bytes": "compress.measure.metrics:PeakMemoryBytes",
         "perplexity": "compress.measure.metrics:Perplexity",
         "prefill_tokens_per_second": "compress.measure.metrics:PrefillTokensPerSecond",
+        "resident_weights_bytes": "compress.measure.metrics:ResidentWeightsBytes",
         "rouge_l": "compress.measure.metrics:RougeL",
         "top1_agreement": "compress.measure.metrics:Top1Agreement",
         "weights_bytes": "compress.measure.metrics:WeightsBytes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,10 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
 
 def test_the_steps_are_those_of_the_run(shelf: Path) -> None:
     found = plan(recipe(shelf / "llama", Magnitude(), RTN(group_size=16), benchmark={}))
-    names = ["load", "benchmark original", "magnitude", "rtn", "export", "benchmark compressed"]
+    names = [
+        "load", "benchmark original", "magnitude", "magnitude: damage", "magnitude: speed", "rtn", "rtn: damage",
+        "export", "benchmark compressed",
+    ]  # fmt: skip
     assert [step.name for step in found.steps] == [row[0] for row in found.rows()] == names
     assert [step["name"] for step in found.as_json()["steps"]] == names
     assert found.of_pass(0)["weights_bytes"] > 2 * found.of_pass(1)["weights_bytes"]
@@ -138,6 +142,39 @@ def test_the_steps_are_those_of_the_run(shelf: Path) -> None:
     short = plan(recipe(shelf / "llama", Magnitude(), RTN(group_size=16)))
     assert [step.name for step in short.steps] == ["load", "magnitude", "rtn", "export"]
     assert short.of_pass(1) == found.of_pass(1)
+
+
+def names(model: Path, *passes: BlockPass, **values: object) -> list[str]:
+    return [step.name for step in plan(recipe(model, *passes, **values)).steps]
+
+
+def test_damage_and_speed_of_stages_have_steps_only_where_the_run_measures_them(shelf: Path) -> None:
+    two = (Magnitude(), RTN(group_size=16))
+    assert not any(": " in name for name in names(shelf / "llama", *two))
+    only_damage = names(shelf / "llama", *two, benchmark={"metrics": ["perplexity"]})
+    assert [name for name in only_damage if ": " in name] == ["magnitude: damage", "rtn: damage"]
+    only_speed = names(shelf / "llama", *two, benchmark={"damage": False})
+    assert [name for name in only_speed if ": " in name] == ["magnitude: speed"]
+    assert not any(": " in n for n in names(shelf / "llama", *two, benchmark={"damage": False, "stages": False}))
+    assert not any(": damage" in n for n in names(shelf / "t5", *two, benchmark={}))  # two stacks are not compared
+
+
+def test_a_damage_step_grows_with_blocks_and_text_and_says_how_to_leave_it_out(shelf: Path) -> None:
+    def step(**values: object):
+        found = plan(recipe(shelf / "llama", RTN(group_size=16), benchmark={}, **values))
+        return next(step for step in found.steps if step.name == "rtn: damage")
+
+    base = step()
+    assert base.parts["hidden states"] > 0
+    longer = {"evaluation": {"source": str(shelf / "text.txt"), "samples": 8, "length": 64}}
+    assert step(data=longer).parts["hidden states"] >= base.parts["hidden states"] > 0
+    assert "block" in step(residency="disk").parts
+    assert "block" not in base.parts
+    own = recipe(shelf / "llama", RTN(group_size=16), benchmark={}, memory="10GB")
+    found = plan(own)
+    steps = tuple(dataclasses.replace(s, memory_bytes=10**13) if s.name == "rtn: damage" else s for s in found.steps)
+    with pytest.raises(StartError, match=r"rtn: damage will take .* benchmark\.damage=false"):
+        refuse(dataclasses.replace(found, steps=steps), own)
 
 
 def test_on_disk_every_stage_is_kept_and_in_memory_the_last_alone(shelf: Path) -> None:

@@ -263,7 +263,8 @@ def figure_of(
             detail |= found.costs["energy"]
             unit = f"{unit}, estimated" if detail.get("estimated") else unit
     named = found.runtimes.get(of) or (found.costs[runtime]["runtime"] if runtime else None)
-    named = named or next((found.runtimes[key] for key in (f"memory{suffix}", *needs) if key in found.runtimes), None)
+    places = [f"memory{suffix}"] if suffix or "memory" in needs else []
+    named = named or next((found.runtimes[key] for key in (*places, *needs) if key in found.runtimes), None)
     return Figure(
         unit=unit, higher_is_better=metric.higher_is_better, runtime=named, detail=detail, **computed
     )  # fmt: skip

@@ -59,6 +59,11 @@ class Engine(ABC):
         """How many tokens one row of a prompt of `length` makes the model read (another number for images)."""
         return length
 
+    def resident_bytes(self) -> int | None:
+        """Bytes that the weights take in memory as they are loaded, what is shared once; None where the engine does not
+        tell."""
+        return None
+
     def cache_bytes(self) -> int | None:
         """Bytes that the key and value cache holds now; None where the engine does not tell."""
         return None

@@ -43,18 +43,6 @@ def unverified(name: str, folder: Path, contents: Contents) -> list[Export]:
     ]  # fmt: skip
 
 
-def export_words(export: Export) -> str:
-    """What the check showed, for the report."""
-    cut = "; it cuts text into the same tokens" if export.same_tokens else ""
-    if export.exact_difference is not None:
-        cut = f"; where nothing but the weights is rounded, {export.exact_difference:.2g}{cut}"
-    return (
-        f"{export.path} ({export.bytes / 1e6:.3g} MB) was reloaded by {export.by} in a fresh process: its "
-        f"log-likelihoods are {export.mean_logprob_difference:.2g} nats a token from those of the model in memory (for "
-        f"what {export.by} rounds itself, {export.allowed:g} is allowed), KL {export.kl_divergence:.2g}{cut}."
-    )
-
-
 def verify_export(
     output: Path,
     export: Export,

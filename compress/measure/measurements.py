@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+#: Tokens that each row of a large batch writes at least, where they are not fewer for all.
+LEAST_WRITTEN = 16
+
+
 @dataclass(frozen=True)
 class Cell:
     """One setting that is timed: `batch` rows, and a prompt of `prompt` tokens (None: the lengths of the settings, one
@@ -21,6 +25,12 @@ class Cell:
 
     batch: int = 1
     prompt: int | None = None
+
+    @classmethod
+    def named(cls, name: str) -> Cell:
+        """The setting of a `name`."""
+        said = dict(part.split(" ") for part in name.split(", ") if part)
+        return cls(int(said.get("batch", 1)), int(said["prompt"]) if "prompt" in said else None)
 
     @property
     def name(self) -> str:
@@ -38,7 +48,8 @@ class SpeedSettings:
     """What is timed: prompt lengths and new tokens (cut to what the context holds), warm-up and rounds.
 
     `batches` and `prompts` add settings to the first one, which is batch 1 with the lengths below; each batch is timed
-    with each prompt.
+    with each prompt. A larger batch reads about as many tokens in all, in shorter rows, and writes about as many, so
+    that no setting costs many times the first. `most_seconds`: what one of the added settings may take in all.
     """
 
     prompt: int = 512
@@ -48,6 +59,7 @@ class SpeedSettings:
     warmup: int = 1
     batches: tuple[int, ...] = ()
     prompts: tuple[int, ...] = ()
+    most_seconds: float | None = None
 
     def fitted(self, context: int | None) -> SpeedSettings:
         """The same within a context of so many tokens: at most half of it is generated. `prompts` stay as they are."""
@@ -65,6 +77,18 @@ class SpeedSettings:
         """Every setting to time, the plain one first."""
         prompts = (None, *dict.fromkeys(self.prompts))
         return [Cell(batch, prompt) for prompt in prompts for batch in sorted({1, *self.batches})]
+
+    def length(self, cell: Cell) -> int:
+        """Tokens of each row that is read."""
+        return cell.prompt or max(min(self.decode_prompt, self.prompt), self.prompt // cell.batch)
+
+    def before_writing(self, cell: Cell) -> int:
+        """Tokens of each row that stand before what is written."""
+        return cell.prompt or self.decode_prompt
+
+    def written(self, cell: Cell) -> int:
+        """New tokens of each row."""
+        return min(self.new_tokens, max(LEAST_WRITTEN, self.new_tokens // cell.batch))
 
     @property
     def longest_prompt(self) -> int:

@@ -324,6 +324,15 @@ class PeakMemoryBytes(RecordedMetric):
         return {"value": int(np.max(predictions)), "stderr": None, "n": len(predictions)}
 
 
+class ResidentWeightsBytes(_Total):
+    """Bytes that the weights take in memory once the model is loaded in a fresh process and has written: packed ones as
+    they are packed, shared ones once, mapped ones as far as they span."""
+
+    metric, unit, higher_is_better = "resident_weights_bytes", "B", False
+    needs = frozenset({"memory"})
+    predictions = "resident_weights_bytes"
+
+
 class KVCacheBytesPerToken(RecordedMetric):
     """Bytes of the cache of keys and values after a prompt, divided by the prompt's tokens. A packed cache holds its
     most recent tokens unpacked, so its figure falls with the prompt's length, which `detail` states."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError
 from compress.measure.fork_server import ForkServer
 from compress.measure.jobs import JobResult, fingerprint, key_of, run_job
-from compress.measure.measurements import BenchmarkJob, Measurements
+from compress.measure.measurements import BenchmarkJob, Cell, Measurements, SpeedSettings
 from compress.progress import Progress
 from compress.registry import RUNTIMES
 
@@ -25,7 +25,7 @@ MEMORY_PROMPT, MEMORY_TOKENS = 16, 8
 AGREEMENT_WINDOWS, AGREEMENT_TOKENS = 8, 128
 #: Metrics that other runtimes have as well, as `<metric>/<runtime>`.
 SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds", "energy_joules_per_token")
-MEMORY = ("peak_memory_bytes", "kv_cache_bytes_per_token")
+MEMORY = ("peak_memory_bytes", "resident_weights_bytes", "kv_cache_bytes_per_token")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def others(job: BenchmarkJob) -> list[str]:
 
 
 def measure_memory(found: Measurements, job: BenchmarkJob, place: Place, *, title: str, dtype: str) -> None:
-    """Peak memory and the cache's bytes per token in transformers, and in each other runtime that has an artifact."""
+    """Peak memory, what the weights take of it, and the cache's bytes per token, in transformers and in each other
+    runtime that has an artifact."""
     if not job.wants("memory"):
         return
     for runtime in ["transformers", *others(job)]:
@@ -119,6 +120,10 @@ def _take_memory(found: Measurements, result: JobResult, suffix: str) -> None:
     found.notes += [note for note in values["notes"] if note not in found.notes]
     found.records[f"peak_memory_bytes{suffix}"] = [values["peak_memory_bytes"]]
     found.records[f"above_import_bytes{suffix}"] = [values["above_import_bytes"]]
+    if values["resident_weights_bytes"] is None:
+        found.reasons[f"resident_weights_bytes{suffix}"] = "it does not tell what its weights take in memory"
+    else:
+        found.records[f"resident_weights_bytes{suffix}"] = [values["resident_weights_bytes"]]
     if values.get("cache_bytes") is None:
         said = "it does not tell what its cache takes" if suffix else "the model keeps no cache of keys and values"
         found.reasons[f"kv_cache_bytes_per_token{suffix}"] = said
@@ -152,17 +157,16 @@ def measure_speed(found: Measurements, original: Measurements | None, job: Bench
     read = _bandwidth(job, place)
     result = place.run(request, "speed, in turn", inputs={"prompt": prompt}, key=key)
     own = 0 if original is None else 1
+    more = {"bandwidth": read, "settings": result.values["settings"]}
     for index, value in enumerate(result.values["engines"]):
         records = {name.partition("/")[2]: rounds.numpy() for name, rounds in result.records.items()
                    if name.partition("/")[0] == str(index)}  # fmt: skip
         if original is not None and index == 0:
             found.beside = records
             found.runtimes["beside"] = value["runtime"]
-            found.costs["beside"] = {**value, "bandwidth": read}
+            found.costs["beside"] = {**value, **more}
         else:
-            _take_speed(
-                found, None if index == own else runtimes[index - own - 1], {**value, "bandwidth": read}, records
-            )
+            _take_speed(found, None if index == own else runtimes[index - own - 1], {**value, **more}, records)
     found.costs["energy"] = result.values["energy"]
     if result.values["no_energy"]:
         found.reasons.setdefault("energy_joules_per_token", result.values["no_energy"])
@@ -258,20 +262,27 @@ def prompt_tokens(folder: Path, job: BenchmarkJob) -> Tensor:
 
 
 def speed_detail(costs: Mapping[str, Any], name: str, value: float) -> dict[str, Any]:
-    """What stands beside a figure of decoding or energy.
+    """What stands beside a figure of speed or energy: `batch`, `prompt_tokens` of each row and, where it is written,
+    `new_tokens`.
 
-    `bandwidth_share`: bytes of weights that a step reads (`read_bytes`: all of them as they are packed, an embedding's
-    table only where it is the head as well, of experts the share in use; of other runtimes' artifacts all of the file),
-    times steps a second, by the bytes a second that this machine reads. The cache is not counted; nor, at a batch of
-    more than 1, the further experts that its rows use.
+    Of decoding also `bandwidth_share`: bytes of weights that a step reads (`read_bytes`: all of them as they are
+    packed, an embedding's table only where it is the head as well, of experts the share in use; of other runtimes'
+    artifacts all of the file), times steps a second, by the bytes a second that this machine reads. The cache is not
+    counted; nor, at a batch of more than 1, the further experts that its rows use.
     """
-    base, _, cell = name.partition("/")
-    if base != "decode_tokens_per_second" or not costs.get("bandwidth"):
-        return {}
-    batch = next((int(part.removeprefix("batch ")) for part in cell.split(", ") if part.startswith("batch ")), 1)
-    share = costs["read_bytes"] * value / batch / costs["bandwidth"]
-    return {
-        "read_bytes": costs["read_bytes"],
-        "bandwidth_bytes_per_second": costs["bandwidth"],
-        "bandwidth_share": share,
-    }
+    base, _, variant = name.partition("/")
+    cell = Cell.named(variant)
+    found: dict[str, Any] = {}
+    if costs.get("settings"):
+        settings = SpeedSettings(**costs["settings"])
+        writing = base in ("decode_tokens_per_second", "energy_joules_per_token")
+        length = settings.before_writing(cell) if writing else settings.length(cell)
+        found = {"batch": cell.batch, "prompt_tokens": length}
+        found |= {"new_tokens": settings.written(cell)} if writing else {}
+    if base == "decode_tokens_per_second" and costs.get("bandwidth"):
+        found |= {
+            "read_bytes": costs["read_bytes"],
+            "bandwidth_bytes_per_second": costs["bandwidth"],
+            "bandwidth_share": costs["read_bytes"] * value / cell.batch / costs["bandwidth"],
+        }
+    return found

@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import psutil
@@ -61,25 +62,69 @@ def time_engines(
     """Per engine the figures of each round, setting by setting.
 
     `prompt`: at least `settings.longest_prompt` ids that every engine knows. Settings are cut to the smallest context
-    among them. A setting beyond the plain one that an engine cannot take is left out there, with the reason.
+    among them. A setting beyond the plain one that an engine cannot take is left out there, with the reason; one that
+    would take longer than `settings.most_seconds` gets fewer rounds, or is left out for all.
     """
     watch = watch or Stopwatch()
-    settings = settings.fitted(min((e.context for e in engines if e.context is not None), default=None))
+    settings = fitted_to(engines, settings)
     found = [Timings() for _ in engines]
     cells = settings.cells()
     turns = settings.warmup + settings.rounds
     for index, cell in enumerate(cells):
-        for engine, timings in zip(engines, found, strict=True):
-            reason = _why_not(engine, cell, prompt, settings, watch) if cell.name else None
-            if reason is not None:
-                timings.leave_out(cell, reason)
+        _leave_out(engines, found, cell, prompt, settings, watch)
+        start = watch.clock()
         for turn in range(turns):
             for engine, timings in zip(engines, found, strict=True):
                 if cell.metric(PREFILL) not in timings.reasons:
                     _take_round(engine, timings, cell, prompt, settings, watch, warm=turn >= settings.warmup)
             if tell is not None:
                 tell(index * turns + turn + 1, len(cells) * turns, cell.name)
+            spent = watch.clock() - start
+            if cell.name and turn >= settings.warmup and _over(settings, spent + spent / (turn + 1)):
+                break
     return found
+
+
+def fitted_to(engines: Sequence[Engine], settings: SpeedSettings) -> SpeedSettings:
+    """The settings, cut to the smallest context of these engines."""
+    return settings.fitted(min((e.context for e in engines if e.context is not None), default=None))
+
+
+def _leave_out(
+    engines: Sequence[Engine], found: Sequence[Timings], cell: Cell, prompt: Sequence[int], settings: SpeedSettings,
+    watch: Stopwatch,
+) -> None:  # fmt: skip
+    """Notes for each engine why it is not timed in a setting, where it is not."""
+    if not cell.name:
+        return
+    taken = []
+    for engine, timings in zip(engines, found, strict=True):
+        reason = _why_not(engine, cell, prompt, settings, watch)
+        if reason is None:
+            taken.append((engine, timings))
+        else:
+            timings.leave_out(cell, reason)
+    seconds = sum(_expected(engine, timings, cell, settings) for engine, timings in taken)
+    if _over(settings, (1 + bool(settings.warmup)) * seconds):
+        for _, timings in taken:
+            timings.leave_out(
+                cell,
+                f"a round would take about {seconds:.0f} s, and benchmark.setting_seconds allows the setting "
+                f"{settings.most_seconds:g} s in all",
+            )
+
+
+def _expected(engine: Engine, timings: Timings, cell: Cell, settings: SpeedSettings) -> float:
+    """Seconds of one round, by what the plain setting took: a step of a larger batch takes no less."""
+    read = settings.length(cell) + (settings.before_writing(cell) if cell.prompt is None else 0)
+    seconds = cell.batch * engine.tokens_read(read) / median(timings.rounds[PREFILL])
+    if DECODE in timings.rounds:
+        seconds += settings.written(cell) / median(timings.rounds[DECODE])
+    return float(seconds)
+
+
+def _over(settings: SpeedSettings, seconds: float) -> bool:
+    return settings.most_seconds is not None and seconds > settings.most_seconds
 
 
 def _take_round(
@@ -90,7 +135,7 @@ def _take_round(
     reason to leave it out."""
     gc.collect()
     try:
-        measured = _round(engine, cell, prompt, settings, settings.new_tokens if warm else 4, watch)
+        measured = _round(engine, cell, prompt, settings, settings.written(cell) if warm else 4, watch)
     except (MemoryError, RuntimeError) as error:
         short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not (cell.name and short):
@@ -105,7 +150,7 @@ def _round(
     engine: Engine, cell: Cell, prompt: Sequence[int], settings: SpeedSettings, new_tokens: int, watch: Stopwatch
 ) -> dict[str, float]:
     """The figures of one round. Engines have done their work when they return, so the clock may stand around them."""
-    length = cell.prompt or settings.prompt
+    length = settings.length(cell)
     start = watch.clock()
     engine.prefill(rows(prompt, cell.batch, length))
     found = {PREFILL: cell.batch * engine.tokens_read(length) / (watch.clock() - start)}
@@ -114,9 +159,9 @@ def _round(
     engine.step()
     found[FIRST] = watch.clock() - start
     if cell.prompt is None:
-        engine.prefill(rows(prompt, cell.batch, settings.decode_prompt))
+        engine.prefill(rows(prompt, cell.batch, settings.before_writing(cell)))
         engine.step()
-    steps = max(1, min(new_tokens, settings.new_tokens) - 1)
+    steps = max(1, min(new_tokens, settings.written(cell)) - 1)
     others = engine.processes()
     before = watch.meter.read(others) if watch.meter else []
     start = watch.clock()
@@ -139,8 +184,9 @@ def _why_not(
     engine: Engine, cell: Cell, prompt: Sequence[int], settings: SpeedSettings, watch: Stopwatch
 ) -> str | None:
     """Why an engine is not timed in a setting, or None. Half of the free memory is left to all but the cache."""
-    length = cell.prompt or settings.prompt
-    tokens = length + (settings.new_tokens if engine.generates and cell.prompt is not None else 1)
+    length = settings.length(cell)
+    written = settings.written(cell) if engine.generates else 1
+    tokens = max(length + 1, settings.before_writing(cell) + written)
     if engine.context is not None and tokens > engine.context:
         return f"a prompt of {length} tokens and what follows do not fit in the context of {engine.context}"
     if cell.batch > engine.largest_batch:

@@ -7,7 +7,7 @@ costs the same for every model, and hides what differs between them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from compress.images import patches_of, reads_images
 from compress.inputs import forward_inputs
 from compress.locating import context_length
 from compress.measure.engine import Engine
+from compress.measure.weights import resident_weights, tensors_in
 from compress.nn.quant_embedding import QuantEmbedding, TiedHead
 
 #: Names under which models give their cache, and take it back.
@@ -100,25 +101,16 @@ class TransformersEngine(Engine):
     def tokens_read(self, length: int) -> int:
         return int(patches_of(self.model.config)) if self.images else length
 
+    def resident_bytes(self) -> int | None:
+        return resident_weights(self.model)
+
     def cache_bytes(self) -> int | None:
         held = [self._given[name] for name in CACHES if name in self._given]
         if not held:
             return None
         # By storage: a tensor that is a view holds all that it is a view of, and two views of one hold it once.
-        storages = (tensor.untyped_storage() for tensor in _tensors(held[0]))
+        storages = (tensor.untyped_storage() for tensor in tensors_in(held[0]))
         return sum({storage.data_ptr(): int(storage.nbytes()) for storage in storages}.values())
-
-
-def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """Every tensor that a cache holds, in lists, tuples, dicts and objects of its own."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth < 6 and not isinstance(value, (str, bytes, int, float, nn.Module, type)) and value is not None:
-        inner: Any = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
-        if inner is None:
-            inner = vars(value).values() if hasattr(value, "__dict__") else ()
-        for part in inner:
-            yield from _tensors(part, depth + 1)
 
 
 def bytes_read(model: Any) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def speed(job: Job) -> Result:
 
     from compress.measure.energy import find_meter, why_no_energy
     from compress.measure.measurements import SpeedSettings
-    from compress.measure.speed import Stopwatch, time_engines
+    from compress.measure.speed import Stopwatch, fitted_to, time_engines
 
     opened, values = [], []
     for asked in job["engines"]:
@@ -83,9 +84,9 @@ def speed(job: Job) -> Result:
             values.append({"failed": str(error)})
     meter = find_meter(job["device"], job.get("watts"))
     prompt = load_file(job["inputs"])["prompt"].tolist()
-    settings = SpeedSettings(**job["speed"])
+    fitted = fitted_to(opened, SpeedSettings(**job["speed"]))
     timings = time_engines(
-        opened, prompt, settings, Stopwatch(meter=meter, free=partial(_free, job["device"])), partial(tell, job)
+        opened, prompt, fitted, Stopwatch(meter=meter, free=partial(_free, job["device"])), partial(tell, job)
     )
     records: dict[str, Any] = {}
     each = iter(zip(opened, timings, strict=True))
@@ -96,7 +97,8 @@ def speed(job: Job) -> Result:
             records |= {f"{index}/{key}": torch.tensor(r, dtype=torch.float64) for key, r in timed.rounds.items()}
             engine.close()
     energy = why_no_energy(job["device"]) if meter is None else None
-    return {"engines": values, "no_energy": energy, "energy": meter.detail if meter else {}}, records
+    told = {"no_energy": energy, "energy": meter.detail if meter else {}, "settings": asdict(fitted)}
+    return {"engines": values, **told}, records
 
 
 def _open(asked: dict[str, Any], job: Job) -> Engine:
@@ -157,6 +159,7 @@ def memory(job: Job) -> Result:
         "peak_memory_bytes": max(peak, imported) + others,
         "above_import_bytes": max(0, peak - baseline) + others,
         "read_bytes": engine.read_bytes,
+        "resident_weights_bytes": engine.resident_bytes(),
     }
     if job["device"] == "cuda":
         values["peak_memory_bytes"] = int(torch.cuda.max_memory_allocated())

@@ -29,7 +29,8 @@ ANSWER_METRICS = ("exact_match", "rouge_l")
 #: Metrics that are measured in several settings and runtimes, as `decode_tokens_per_second/batch 4`.
 VARIED = (
     "decode_tokens_per_second", "energy_joules_per_token", "first_token_seconds", "kl_divergence",
-    "kv_cache_bytes_per_token", "peak_memory_bytes", "prefill_tokens_per_second", "top1_agreement",
+    "kv_cache_bytes_per_token", "peak_memory_bytes", "prefill_tokens_per_second",
+    "resident_weights_bytes", "top1_agreement",
 )  # fmt: skip
 
 

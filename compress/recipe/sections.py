@@ -82,9 +82,15 @@ class Benchmark(Section):
     """What runs the exported model: `transformers`, and any others, which open `exports/<format>`. All are timed in
     turn; figures of others are named as in `decode_tokens_per_second/llama.cpp`."""
     batches: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = (1,)
-    """Batch sizes to time, as in [1, 4, 16]. Those above 1 add figures as `decode_tokens_per_second/batch 4`."""
+    """Batch sizes to time, as in [1, 4, 16] (what `compress benchmark` does unless told otherwise). Those above 1 add
+    figures as `decode_tokens_per_second/batch 4`; their rows are shorter, so that about as many tokens are read."""
     prompt_tokens: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Further prompt lengths to time, each with every batch, as `first_token_seconds/prompt 2048`."""
+    """Further prompt lengths to time, each with every batch, as `first_token_seconds/prompt 2048`; `compress benchmark`
+    takes [128, 1024]. What a context or the memory does not hold is left out, and the report says so."""
+    setting_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that each of these further batches and prompts may take, with all its rounds and runtimes: it gets fewer
+    rounds where that is not enough, and is left out where not even one fits. Absent: no limit; `compress benchmark`
+    sets 120."""
     new_tokens: Annotated[int, Field(ge=2)] = 64
     """Tokens that are generated to time decoding."""
     rounds: Annotated[int, Field(ge=1)] = 7

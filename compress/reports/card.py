@@ -19,7 +19,7 @@ from compress.recipe import Recipe
 from compress.recipe.changes import HOW_IT_IS_DONE
 from compress.reports.again import recipe_yaml
 from compress.reports.headline import quality_words, size_words
-from compress.reports.markdown import comparison_rows
+from compress.reports.markdown import comparison_rows, export_table
 from compress.reports.report import Report, Stage
 
 #: What begins like this, or ends so, is another figure on another machine, or another day.
@@ -88,8 +88,9 @@ def _cost(report: Report | None) -> list[str]:
         *([sentence[:1].upper() + sentence[1:] + "."] if sentence else []),
         "## What it cost",
         comparison_rows(original, compressed, said),
-        "Speed and memory depend on the machine: they are in the report beside this folder (`report.html`), with how "
-        "everything was measured.",
+        *export_table(report),
+        "Speed and peak memory depend on the machine: they are in the report beside this folder (`report.html`), with "
+        "how everything was measured.",
     ]
 
 

@@ -16,6 +16,9 @@ DECADES = 3
 #: Share of the colour that the least and the largest damage get.
 FAINT, FULL = 0.06, 0.85
 
+#: The start of a note that is of colours alone; Markdown has none.
+COLOUR = "Colour: more is worse, on a logarithmic scale. "
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -76,7 +79,7 @@ def _measured(stage: Stage, damage: dict[str, Any]) -> HeatMap:
     blocks = [block for block in damage.get("blocks", []) if "error" in block]
     text = damage.get("text") or {}
     note = (
-        "Colour: more is worse, on a logarithmic scale. KL: how far the model's predictions move, in nats a token, "
+        f"{COLOUR}KL: how far the model's predictions move, in nats a token, "
         "when this block alone is as the pass left it. Error: squared change of the block's or layer's output relative "
         "to its square, in percent."
     )
@@ -104,7 +107,7 @@ def _stated(stage: Stage) -> HeatMap:
     layers = [(error, f"{b['name']}.{name}") for b in blocks for name, error in b["layers"].items() if error > 0]
     worst = [{"layer": name, "error": error} for error, name in sorted(layers, key=lambda each: (-each[0], each[1]))]
     note = (
-        "Colour: more is worse, on a logarithmic scale. Error, in percent, as the pass states it: of a block's output "
+        f"{COLOUR}Error, in percent, as the pass states it: of a block's output "
         "on calibration text; of a layer's output where the pass saw text, else of its weights."
     )
     return HeatMap(stage.pass_, "", *_grid(blocks, with_kl=False), worst=_worst(worst[:5]), note=note)

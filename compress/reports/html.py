@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import StartError
-from compress.reports import table, units
+from compress.reports import exports, table, units
 from compress.reports.again import command, recipe_yaml
 from compress.reports.changes import changed_items, worst_texts
+from compress.reports.exports import export_rows
 from compress.reports.headline import goal_words, headline, points
 from compress.reports.heat import heat_maps
 from compress.reports.lessons import lesson_tables
 from compress.reports.markdown import compared_runs, markdown
 from compress.reports.points import quality_plots, side_by_side
 from compress.reports.report import Comparison, Figure, Report
+from compress.reports.speeds import is_setting, speed_table
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -78,6 +80,7 @@ def render(folders: Sequence[Path | str], output: Path | str | None = None) -> P
 
 def content(report: Report, others: Sequence[Report] = ()) -> dict[str, Any]:
     """What the template shows, all in words and drawings."""
+    speeds = speed_table(report)
     return {
         "report": report,
         "title": f"{len(others) + 1} runs compared" if others else report.name,
@@ -86,7 +89,11 @@ def content(report: Report, others: Sequence[Report] = ()) -> dict[str, Any]:
         "missed": [line for line in points(report) if not others],
         "tiles": tiles(report),
         "rows": [row for row in table.rows(report.original, report.compressed, report.comparison)
-                 if not row.metric.startswith("accuracy/")],
+                 if not row.metric.startswith("accuracy/") and not (speeds and is_setting(row.metric))],
+        "speeds": speeds,
+        "exports": export_rows(report),
+        "export_columns": exports.COLUMNS,
+        "export_note": exports.NOTE,
         "areas": areas(report),
         "goals": [_goal(report, goal) for goal in report.goals],
         "verdicts": table.VERDICTS,
@@ -127,17 +134,11 @@ def tiles(report: Report) -> list[dict[str, str]]:
             {
                 "label": label,
                 "value": _tile_value(name, compared, after.unit, good_words),
-                "detail": _from_to(units.human(before.value, before.unit), units.human(after.value, after.unit)),
+                "detail": units.from_to(units.human(before.value, before.unit), units.human(after.value, after.unit)),
                 "verdict": compared.verdict,
             }
         )
     return found
-
-
-def _from_to(before: str, after: str) -> str:
-    """`143 tok/s`, `146 tok/s` -> `143 → 146 tok/s`: a unit that both share is said once."""
-    number, _, unit = before.partition(" ")
-    return f"{number} → {after}" if unit and after.partition(" ")[2] == unit else f"{before} → {after}"
 
 
 def _tile_value(name: str, compared: Comparison, unit: str, word: str) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from compress.reports import table, units
+from compress.reports import exports, table, units
 from compress.reports.again import command, recipe_yaml
 from compress.reports.changes import changed_items, worst_texts
+from compress.reports.exports import export_rows
 from compress.reports.headline import goal_words, headline, points
-from compress.reports.heat import HeatMap, heat_maps
+from compress.reports.heat import COLOUR, HeatMap, heat_maps
 from compress.reports.lessons import markdown_lessons
 from compress.reports.points import side_by_side
 from compress.reports.report import Comparison, Figure, Report
+from compress.reports.speeds import SpeedTable, is_setting, speed_table
 
 
 def markdown(report: Report) -> str:
@@ -21,10 +23,18 @@ def markdown(report: Report) -> str:
     parts += [f"- {plain(line)}" for line in points(report)]
     if report.goals:
         parts += ["## Goals", _goals(report)]
-    if report.compressed:
-        parts += ["## Original and compressed", comparison_rows(report.original, report.compressed, report.comparison)]
+    speeds = speed_table(report)
+    original, compressed = (
+        {name: figure for name, figure in figures.items() if not (speeds and is_setting(name))}
+        for figures in (report.original, report.compressed)
+    )
+    if compressed:
+        parts += ["## Original and compressed", comparison_rows(original, compressed, report.comparison)]
     else:
-        parts += ["## Figures", _figures(report.original)]
+        parts += ["## Figures", _figures(original)]
+    if speeds is not None:
+        parts += _speeds(speeds)
+    parts += export_table(report)
     parts += _side_by_side(report)
     for other in report.others:
         parts += [f"## {plain(other.model)}", comparison_rows(report.original, other.measurements, other.comparison)]
@@ -63,8 +73,8 @@ def compared_runs(reports: Sequence[Report]) -> str:
 
 
 _STAGE_COLUMNS = (
-    "pass", "options", "rise in loss", "perplexity after", "size after", "time", "memory predicted", "memory measured",
-    "size predicted", "coverage",
+    "pass", "options", "rise in loss", "perplexity after", "size after", "writing after", "time", "memory predicted",
+    "memory measured", "size predicted", "coverage",
 )  # fmt: skip
 
 
@@ -107,6 +117,22 @@ def _side_by_side(report: Report, others: Sequence[Report] = ()) -> list[str]:
     return ["## Side by side", _rows(columns, rows)]
 
 
+def _speeds(table: SpeedTable) -> list[str]:
+    rows = [
+        [name, read, *(f"{cell.text} ({cell.change})" if cell.change else cell.text for cell in cells)]
+        for name, read, cells in table.rows
+    ]
+    parts = ["## Speed by batch and prompt", _rows(["setting", "tokens", *table.columns], rows, left=2)]
+    parts += [f"Left out: {plain(words)}." for words in table.left_out]
+    return [*parts, plain(table.note)]
+
+
+def export_table(report: Report) -> list[str]:
+    """The checks of exports with their heading; nothing where there were none."""
+    rows = export_rows(report)
+    return ["## Exports", _rows(exports.COLUMNS, rows), plain(exports.NOTE)] if rows else []
+
+
 def _heat(each: HeatMap) -> list[str]:
     parts = [f"### {plain(each.title)}"]
     if each.loss:
@@ -118,7 +144,7 @@ def _heat(each: HeatMap) -> list[str]:
             [f"{row.name} (removed)" if row.removed else row.name, *(c.text for c in row.cells)] for row in each.rows
         ]
         parts.append(_rows(["block", *each.columns], rows))
-        parts.append(plain(each.note))
+        parts.append(plain(each.note.removeprefix(COLOUR)))
     if each.worst:
         parts.append("Worst layers: " + ", ".join(f"{plain(layer)} ({error})" for layer, error in each.worst) + ".")
     return parts

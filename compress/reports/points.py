@@ -13,7 +13,7 @@ Figures = dict[str, Figure]
 #: Metrics of the table that sets several models side by side.
 SIDE_BY_SIDE = (
     "weights_bytes", "bits_per_weight", "perplexity", "kl_divergence", "accuracy", "decode_tokens_per_second",
-    "prefill_tokens_per_second", "peak_memory_bytes",
+    "prefill_tokens_per_second", "resident_weights_bytes", "peak_memory_bytes",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def quality_plots(report: Report, others: Sequence[Report] = ()) -> list[Plot]:
             continue
         drawn = []
         for model in models:
-            paid = _value(model, cost)
+            paid = _paid(model, cost, report)
             point = (
                 None
                 if not paid
@@ -145,9 +145,20 @@ def _point(model: _Model, quality: str, cost: float, paid: str) -> plots.Point |
     )
 
 
+def _paid(model: _Model, metric: str, report: Report) -> float | None:
+    """A metric's value. The speed of a stage was taken at another time than the speeds beside it: it is placed by its
+    ratio to the original, with which it was taken in turn."""
+    value = _value(model, metric)
+    before = _plain(report.original, metric)
+    ratio = model.figures[metric].detail.get("ratio") if value is not None else None
+    return before * float(ratio) if model.step and before and isinstance(ratio, int | float) else value
+
+
 def _paid_words(model: _Model, metric: str) -> str:
     figure = model.figures[metric]
-    return units.human(figure.value, figure.unit)
+    words = units.human(figure.value, figure.unit)
+    ratio = figure.detail.get("ratio")
+    return f"{words}, {units.number(ratio)} times the original's" if model.step and ratio else words
 
 
 def short(model: str) -> str:

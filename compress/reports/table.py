@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.reports import units
+from compress.reports.exports import export_words
 from compress.reports.headline import headline, points
 from compress.reports.heat import loss_words
 from compress.reports.points import stage_figures
 from compress.reports.report import Comparison, Figure, Report
+from compress.reports.speeds import DECODE, share_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,6 +47,7 @@ def rows(original: dict[str, Figure], compressed: dict[str, Figure], comparison:
 
 
 def _row(name: str, before: Figure | None, after: Figure | None, compared: Comparison) -> Row:
+    sentence = "; ".join(filter(None, [compared.sentence, share_words(before, after)]))
     unit = next((f.unit for f in (after, before) if f is not None and f.value is not None), "")
     missing = [f.reason for f in (after, before) if f is not None and f.value is None and f.reason]
     return Row(
@@ -55,7 +58,7 @@ def _row(name: str, before: Figure | None, after: Figure | None, compared: Compa
         change=units.change(compared.delta, compared.ratio, unit),
         interval=units.interval(compared.ci_low, compared.ci_high, before.value if before else None, unit),
         verdict=compared.verdict,
-        sentence=compared.sentence or (missing[0] if missing else ""),
+        sentence=sentence or (missing[0] if missing else ""),
         runtime=(after.runtime if after else None) or "",
     )
 
@@ -95,7 +98,7 @@ def print_report(report: Report) -> None:
         console.print(headline(report), markup=False)
     for line in points(report):
         console.print(line, style="red", markup=False)
-    for note in report.notes:
+    for note in [*map(export_words, report.exports), *report.notes]:
         console.print(note, style="dim", markup=False)
 
 
@@ -134,7 +137,7 @@ def stage_rows(report: Report) -> list[dict[str, str]]:
         figures = stage_figures(stage.measurements)
         if number == len(report.stages) - 1:
             figures = {**report.compressed, **figures}
-        left = {name: figures[name] for name in ("perplexity", "weights_bytes") if name in figures}
+        left = {name: figures[name] for name in ("perplexity", "weights_bytes", DECODE) if name in figures}
         found.append(
             {
                 "pass": stage.pass_,
@@ -142,6 +145,7 @@ def stage_rows(report: Report) -> list[dict[str, str]]:
                 "loss": loss_words(stage),
                 "perplexity": units.human(left["perplexity"].value, "") if "perplexity" in left else "–",
                 "size": units.human(left["weights_bytes"].value, "B") if "weights_bytes" in left else "–",
+                "speed": units.human(left[DECODE].value, left[DECODE].unit) if DECODE in left else "–",
                 "seconds": units.duration(stage.seconds),
                 "memory_predicted": units.human(_number(predicted.get("peak_memory_bytes")), "B"),
                 "memory": units.human(stage.peak_memory_bytes, "B"),

@@ -19,6 +19,7 @@ NAMES = {
     "weights_bytes": "Weights on disk",
     "bits_per_weight": "Bits per weight",
     "parameters": "Parameters",
+    "resident_weights_bytes": "Weights in memory",
     "peak_memory_bytes": "Peak memory",
     "kv_cache_bytes_per_token": "KV cache per token",
     "prefill_tokens_per_second": "Prefill speed",
@@ -113,6 +114,12 @@ def change(delta: float | None, ratio: float | None, unit: str) -> str:
     if delta == 0:
         return "the same"
     return percent(ratio - 1, sign=True)
+
+
+def from_to(before: str, after: str) -> str:
+    """`143 tok/s`, `146 tok/s` -> `143 → 146 tok/s`: a unit that both share is said once."""
+    number, _, unit = before.partition(" ")
+    return f"{number} → {after}" if unit and after.partition(" ")[2] == unit else f"{before} → {after}"
 
 
 def percent(share: float, sign: bool = False) -> str:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from compress.measure import benchmark, worker
 from compress.measure.benchmark import BenchmarkJob, measure_original
 from compress.measure.comparison import compare, original_figures
 from compress.measure.jobs import run_child, run_job
+from compress.measure.measurements import Measurements
 from compress.opening import read_config
+from compress.registry import METRICS
 
 QUALITY = ("perplexity", "accuracy", "accuracy/pairs", "kl_divergence", "top1_agreement")
 
@@ -73,6 +76,18 @@ def test_memory_is_that_of_a_process_with_torch_in_it(measured):
     figure = measured.compressed.figures["peak_memory_bytes"]
     assert 100e6 < figure.value < 4e9
     assert 0 < figure.detail["above_import_bytes"] < figure.value
+
+
+def test_a_figure_names_the_runtime_that_it_was_measured_in():
+    records = {"nll": [2.0, 3.0], "tokens": [1, 1], "file_bytes": [10], "resident_weights_bytes": [10]}
+    runtimes = {"memory": "compress.load", "text": "transformers", "memory/toy": "toy 1.0"}
+    found = Measurements("m", Path("m"), records=records, runtimes=runtimes)
+    records["resident_weights_bytes/toy"] = [10]
+    named = {"perplexity": "transformers", "resident_weights_bytes": "compress.load", "weights_bytes": None,
+             "resident_weights_bytes/toy": "toy 1.0"}  # fmt: skip
+    for name, runtime in named.items():
+        figure = benchmark.figure_of(METRICS.get(name.partition("/")[0]), name, records, found)
+        assert (figure.value is not None, figure.runtime) == (True, runtime), name
 
 
 def test_speeds_are_compared_with_rounds_taken_in_turn(measured):

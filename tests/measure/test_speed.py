@@ -1,11 +1,13 @@
 """The timing loop over engines, with engines and a clock that are made up: every figure is known beforehand."""
 
+import dataclasses
+
 import pytest
 
 from compress.measure.bandwidth import last_cache_bytes, read_bandwidth
 from compress.measure.energy import Meter
 from compress.measure.engine import Engine
-from compress.measure.measurements import SpeedSettings
+from compress.measure.measurements import Cell, SpeedSettings
 from compress.measure.running import speed_detail
 from compress.measure.speed import Stopwatch, rows, time_engines
 
@@ -102,6 +104,46 @@ def test_batches_and_prompts_are_settings_of_their_own():
     assert found.rounds["decode_tokens_per_second/batch 4"] == [2.0] * 2
     assert found.rounds["first_token_seconds/prompt 16"] == [8.0] * 2
     assert found.rounds["first_token_seconds/batch 4, prompt 16"] == [32.0] * 2
+
+
+def test_a_large_batch_reads_and_writes_about_as_much_as_one_row_but_where_a_prompt_is_asked_for():
+    settings = SpeedSettings(512, 32, 64, batches=(1, 4, 64), prompts=(128,))
+    found = {c.name: (settings.length(c), settings.before_writing(c), settings.written(c)) for c in settings.cells()}
+    assert found == {
+        "": (512, 32, 64), "batch 4": (128, 32, 16), "batch 64": (32, 32, 16),
+        "prompt 128": (128, 128, 64), "batch 4, prompt 128": (128, 128, 16), "batch 64, prompt 128": (128, 128, 16),
+    }  # fmt: skip
+    assert all(Cell.named(cell.name) == cell for cell in settings.cells())
+    time = Time()
+    timed(Fake(time), settings=SpeedSettings(16, 4, 5, rounds=1, warmup=0, batches=(2,)))
+    assert {(rows, length) for _, rows, length in time.log} == {(1, 16), (1, 4), (2, 8), (2, 4)}
+
+
+LONG = SpeedSettings(8, 4, 5, rounds=6, warmup=1, batches=(4,), prompts=(16,))
+
+
+def test_a_setting_that_would_take_too_long_gets_fewer_rounds_and_the_plain_one_all():
+    # Batch 4 reads 4 x 4 tokens twice, 16 s, and takes 4 steps, 8 s; warming up 22 s. A fourth would end at 118 s.
+    (found,) = timed(Fake(Time()), settings=dataclasses.replace(LONG, prompts=(), most_seconds=110))
+    assert len(found.rounds["decode_tokens_per_second"]) == 6
+    assert len(found.rounds["decode_tokens_per_second/batch 4"]) == 3
+    assert found.reasons == {}
+
+
+def test_a_setting_of_which_no_round_fits_is_left_out_for_all_with_the_reason():
+    time = Time()
+    settings = dataclasses.replace(LONG, most_seconds=50)
+    for found in timed(Fake(time), Fake(time), settings=settings):
+        assert "decode_tokens_per_second" in found.rounds
+        reason = found.reasons["prefill_tokens_per_second/batch 4, prompt 16"]
+        assert "a round would take about" in reason
+        assert "benchmark.setting_seconds allows the setting 50 s" in reason
+        assert not any("batch 4, prompt 16" in name for name in found.rounds)
+
+
+def test_without_a_limit_every_setting_gets_all_rounds():
+    (found,) = timed(Fake(Time()), settings=LONG)
+    assert {len(rounds) for rounds in found.rounds.values()} == {6}
 
 
 def test_rows_of_a_batch_differ_and_have_one_length():
@@ -212,3 +254,13 @@ def test_the_share_of_the_bandwidth_counts_each_step_once():
     assert speed_detail(costs, "decode_tokens_per_second", 2.0)["bandwidth_share"] == 0.25
     assert speed_detail(costs, "decode_tokens_per_second/batch 4, prompt 16", 8.0)["bandwidth_share"] == 0.25
     assert speed_detail(costs, "prefill_tokens_per_second", 8.0) == {}
+
+
+def test_a_figure_says_what_was_read_and_written():
+    costs = {"settings": dataclasses.asdict(SpeedSettings(512, 32, 64, batches=(4,)))}
+    said = {"batch": 4, "prompt_tokens": 128}
+    assert speed_detail(costs, "prefill_tokens_per_second/batch 4", 1.0) == said
+    assert speed_detail(costs, "first_token_seconds/batch 4", 1.0) == said
+    written = {"batch": 4, "prompt_tokens": 32, "new_tokens": 16}
+    assert speed_detail(costs, "decode_tokens_per_second/batch 4", 1.0) == written
+    assert speed_detail(costs, "energy_joules_per_token/batch 4", 1.0) == written

@@ -7,6 +7,7 @@ import yaml
 
 from compress.recipe import Recipe
 from compress.reports.card import auto_class, licence, model_card, rewrite_cards
+from compress.reports.report import Export, Figure
 
 
 @pytest.fixture
@@ -34,6 +35,19 @@ def test_the_card_has_the_reports_table_without_what_depends_on_the_machine(make
     assert "Decode speed" not in card
     assert "Energy" not in card
     assert "3.1 × smaller; no measurable loss on 1 of 2 areas; facts lost 14.0 points" in card
+
+
+def test_the_card_has_the_weights_in_memory_and_the_checks_of_exports(make_report, recipe, base):
+    report = make_report()
+    for figures, size in ((report.original, 11_600_000), (report.compressed, 3_700_000)):
+        figures["resident_weights_bytes"] = Figure(value=size, unit="B", higher_is_better=False)
+    report.exports = [
+        Export(format="gguf", path="exports/gguf", bytes=10**6, by="llama.cpp", reloaded=True, allowed=0.05,
+               kl_divergence=0.001, mean_logprob_difference=0.01)
+    ]  # fmt: skip
+    card = model_card(recipe, report.stages, base, "LlamaForCausalLM", report)
+    assert "| Weights in memory | 11.60 MB | 3.700 MB |" in card
+    assert "| gguf | 1 MB | llama.cpp | 0.0010 (0.0025) | 0.010 (0.050) | – | – |" in card
 
 
 def test_the_card_says_how_to_load_what_was_done_and_whose_licence_applies(make_report, recipe, base):

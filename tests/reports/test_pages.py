@@ -7,12 +7,14 @@ import pytest
 from compress.errors import StartError
 from compress.reports import render
 from compress.reports.again import recipe_yaml
+from compress.reports.exports import export_rows, export_words
 from compress.reports.headline import headline
 from compress.reports.heat import heat_maps
 from compress.reports.html import page, without_interval
 from compress.reports.markdown import markdown
 from compress.reports.points import quality_plots
-from compress.reports.report import GoalResult, Other, Report
+from compress.reports.report import Comparison, Export, Figure, GoalResult, Other, Report
+from compress.reports.speeds import speed_table
 from compress.reports.table import comparison_table
 
 
@@ -275,6 +277,19 @@ def test_a_stage_that_was_measured_is_a_point_on_the_way(make_report):
     assert "<title>compressed: perplexity 3.600 (3.580 to 3.620), 100 tok/s</title>" in latency.svg
 
 
+def test_a_stage_that_was_timed_is_placed_by_its_ratio_to_the_original_it_was_timed_beside(make_report):
+    report = damaged(make_report(decode=200.0))
+    speed = {"value": 10.0, "unit": "tokens/s", "detail": {"original": 5.0, "ratio": 2.0}}
+    report.stages[0].measurements["decode_tokens_per_second"] = speed
+    (_, latency) = quality_plots(report)
+    assert 'data-tip="1 depth: perplexity 3.500, 10 tok/s, 2 times the original\'s"' in latency.svg
+    found = re.findall(r'id="latency-tip(\d)".*?<use [^>]*x="([\d.]+)"', latency.svg, re.DOTALL)
+    (_, original), (_, stage), (_, compressed) = sorted(found)
+    assert stage == compressed != original  # 2 times the original's 100 tokens a second are the compressed model's 200
+    assert "| depth | bits 4 |" in markdown(report)
+    assert "| 10 tok/s |" in markdown(report)
+
+
 def test_a_name_with_signs_of_formulas_is_drawn_as_it_is(make_report):
     report = make_report(name="a $\\frac b$ <c>")
     assert "a $\\frac b$ &lt;c&gt;" in quality_plots(report, [make_report(name="other")])[0].svg
@@ -337,3 +352,84 @@ def test_the_page_that_compares_runs_is_written_where_it_is_asked_for(make_repor
     assert "**one (three)**" in words
     with pytest.raises(StartError, match="is a folder"):
         render([tmp_path / "one"], tmp_path)
+
+
+def timed(report):
+    """The report with speeds in further settings and in another runtime, and one that did not fit."""
+    details = {"batch": 1, "prompt_tokens": 32, "new_tokens": 64, "bandwidth_bytes_per_second": 13e9}
+    rates = {"": (100.0, 120.0), "batch 4": (300.0, 280.0), "llama.cpp": (100.0, 150.0), "prompt 1024": (None, None)}
+    for name, values in rates.items():
+        for base, unit in (("decode_tokens_per_second", "tokens/s"), ("first_token_seconds", "s")):
+            metric = f"{base}/{name}" if name else base
+            batch = 4 if name == "batch 4" else 1
+            for figures, value, share in zip((report.original, report.compressed), values, (0.48, 0.058), strict=True):
+                detail = details | {"batch": batch} | ({"bandwidth_share": share} if base[0] == "d" else {})
+                figures[metric] = (
+                    Figure(value=None, reason="it does not fit in the context of 512") if value is None
+                    else Figure(value=value, unit=unit, higher_is_better=True, detail=detail)
+                )  # fmt: skip
+            if values[0]:
+                ratio = values[1] / values[0]
+                verdict = "better" if ratio > 1 else "worse"
+                report.comparison[metric] = Comparison(delta=1.0, ratio=ratio, verdict=verdict, sentence="said")
+    return report
+
+
+def test_settings_of_speed_have_a_table_of_their_own_with_their_share_of_the_bandwidth(make_report):
+    report = timed(make_report())
+    table = speed_table(report)
+    assert table.columns == ["reading", "first token", "writing", "of the bandwidth"]
+    assert [name for name, *_ in table.rows] == ["batch 1", "batch 4", "llama.cpp, batch 1"]
+    cells = {name: cells for name, _, cells in table.rows}
+    assert (cells["batch 4"][2].text, cells["batch 4"][2].verdict) == ("300 → 280 tok/s", "worse")
+    assert cells["batch 1"][3].text == "48 → 5.8 %"
+    assert table.rows[1][1] == "4 × 32 tokens read, 4 × 64 written"
+    assert table.left_out == ["batch 1, prompt 1024: it does not fit in the context of 512"]
+    text, words = page(report), markdown(report)
+    for shown in (text, words):
+        assert "Speed by batch and prompt" in shown
+        assert "48 → 5.8 %" in shown
+        assert "Left out: batch 1, prompt 1024: it does not fit in the context of 512." in shown
+        assert "13 GB a second" in shown
+    assert "| batch 4 |" in words
+    assert "| Decode speed: batch 4 |" not in words
+    assert "| Decode speed | 100 tok/s | 120 tok/s | +20 % |" in words
+    assert "Decode speed: batch 4" not in text
+
+
+def test_without_further_settings_the_share_stands_with_the_speed(make_report):
+    report = make_report()
+    for figures, share in ((report.original, 0.48), (report.compressed, 0.31)):
+        figure = figures["decode_tokens_per_second"]
+        figures["decode_tokens_per_second"] = figure.model_copy(update={"detail": {"bandwidth_share": share}})
+    said = "at 31 % of what the memory's bandwidth allows (original 48 %)"
+    assert speed_table(report) is None
+    assert said.replace("'", "&#39;") in page(report)
+    assert said in markdown(report)
+    assert "Speed by batch" not in page(report)
+
+
+EXPORT = Export(
+    format="gguf", path="exports/gguf", bytes=2_900_000, by="llama.cpp", reloaded=True, allowed=0.05,
+    kl_divergence=0.00012, mean_logprob_difference=0.0081, exact_difference=2e-6, same_tokens=True,
+)  # fmt: skip
+
+
+def test_checks_of_exports_are_shown_in_a_table_on_every_page(make_report):
+    report = make_report()
+    report.exports = [EXPORT, EXPORT.model_copy(update={"format": "onnx", "exact_difference": None})]
+    row = ["gguf", "2.900 MB", "llama.cpp", "1.2e-4 (0.0025)", "0.0081 (0.050)", "2.0e-6 (0.0010)", "yes"]
+    assert export_rows(report)[0] == row
+    assert export_rows(report)[1][5] == "–"
+    assert f"| {' | '.join(row)} |" in markdown(report)
+    words = " ".join(" ".join(parsed(page(report)).text).split())
+    assert " ".join(row) in words
+    assert "## Exports" not in markdown(make_report())
+    assert export_words(EXPORT).startswith("exports/gguf (2.900 MB) was reloaded by llama.cpp in a fresh process")
+
+
+def test_colour_is_spoken_of_only_where_there_is_colour(make_report):
+    for report in (make_report(), damaged(make_report())):
+        assert "Colour: more is worse" in page(report)
+        assert "olour" not in markdown(report)
+        assert "rror" in markdown(report)
