@@ -143,7 +143,7 @@ def expected(model, name):
     return weight
 
 
-@pytest.mark.parametrize("grid", [None, *NAMED_GRIDS])
+@pytest.mark.parametrize("grid", [None, *KINDS])
 @pytest.mark.parametrize("family", HELD)
 def test_the_file_holds_the_models_weights_to_the_bit(family, grid, tmp_path):
     model = tiny(family)
