@@ -108,7 +108,7 @@ def change(delta: float | None, ratio: float | None, unit: str) -> str:
     if delta is None:
         return "–"
     if unit == "fraction":
-        return f"{100 * delta:+.1f} pt"
+        return f"{100 * delta:+z.1f} pt"
     if ratio is None:
         return f"{'+' if delta >= 0 else '-'}{human(abs(delta), unit)}"
     if delta == 0:
@@ -125,8 +125,8 @@ def from_to(before: str, after: str) -> str:
 def percent(share: float, sign: bool = False) -> str:
     """`0.059` -> `5.9 %`, whole numbers from 10 % on; with `sign`, `+5.9 %`."""
     value = 100 * share
-    plus = "+" if sign and value >= 0 else ""
-    return f"{plus}{value:.0f} %" if abs(value) >= 10 else f"{plus}{value:.1f} %"
+    digits = 0 if abs(value) >= 10 else 1
+    return f"{value:+z.{digits}f} %" if sign else f"{value:z.{digits}f} %"
 
 
 def interval(low: float | None, high: float | None, start: float | None, unit: str) -> str:
@@ -135,7 +135,7 @@ def interval(low: float | None, high: float | None, start: float | None, unit: s
     if low is None or high is None:
         return "–"
     if unit == "fraction":
-        return f"{100 * low:+.1f} to {100 * high:+.1f} pt"
+        return f"{100 * low:+z.1f} to {100 * high:+z.1f} pt"
     if not start:
         return f"{human(low, unit)} to {human(high, unit)}"
     ends = [percent(end / start, sign=True).removesuffix(" %") for end in (low, high)]

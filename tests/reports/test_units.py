@@ -33,6 +33,8 @@ def test_values_are_shown_as_people_read_them(value, unit, shown):
         (0.2, 1.0588, "perplexity", "+5.9 %"),
         (-7e6, 0.32, "B", "-68 %"),
         (0.04, None, "nats/token", "+0.0400"),
+        (-0.0001, 0.9999, "fraction", "+0.0 pt"),
+        (-0.0001, 0.9999, "perplexity", "+0.0 %"),
         (0.0, 1.0, "B", "the same"),
         (None, None, "B", "–"),
     ],
