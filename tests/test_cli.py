@@ -80,7 +80,7 @@ BAD = {
     "unknown key": ({"passs": []}, 2, ["passs", "passes"]),
     "unknown pass": ({"passes": [{"gtpq": {}}]}, 2, ["gtpq", "gptq"]),
     "unknown option": ({"passes": [{"gptq": {"bit": 4}}]}, 2, ["bit", "bits"]),
-    "wrong type": ({"passes": [{"gptq": {"bits": "four"}}]}, 2, ["four", "2, 3, 4, 8"]),
+    "wrong type": ({"passes": [{"gptq": {"bits": "four"}}]}, 2, ["four", "2, 3, 4, 5, 6, 8"]),
     "out of range": ({"passes": [{"gptq": {"damping": 7}}]}, 2, ["damping", "7"]),
     "impossible order": ({"passes": [{"gptq": {"group_size": 16}}, "wanda"]}, 2, ["wanda", "gptq", "quantized"]),
     "missing model": ({"model": "./nowhere"}, 2, ["nowhere"]),

@@ -25,7 +25,7 @@ def export_rows(report: Report) -> list[list[str]]:
 def _row(export: Export) -> list[str]:
     exact = export.exact_difference
     return [
-        export.format,
+        export.path,
         units.human(export.bytes, "B"),
         export.by if export.reloaded else f"{export.by}: not reloaded",
         _of(export.kl_divergence, export.allowed**2),

@@ -47,7 +47,7 @@ def test_the_card_has_the_weights_in_memory_and_the_checks_of_exports(make_repor
     ]  # fmt: skip
     card = model_card(recipe, report.stages, base, "LlamaForCausalLM", report)
     assert "| Weights in memory | 11.60 MB | 3.700 MB |" in card
-    assert "| gguf | 1 MB | llama.cpp | 0.0010 (0.0025) | 0.010 (0.050) | – | – |" in card
+    assert "| exports/gguf | 1 MB | llama.cpp | 0.0010 (0.0025) | 0.010 (0.050) | – | – |" in card
 
 
 def test_the_card_says_how_to_load_what_was_done_and_whose_licence_applies(make_report, recipe, base):

@@ -418,7 +418,7 @@ EXPORT = Export(
 def test_checks_of_exports_are_shown_in_a_table_on_every_page(make_report):
     report = make_report()
     report.exports = [EXPORT, EXPORT.model_copy(update={"format": "onnx", "exact_difference": None})]
-    row = ["gguf", "2.900 MB", "llama.cpp", "1.2e-4 (0.0025)", "0.0081 (0.050)", "2.0e-6 (0.0010)", "yes"]
+    row = ["exports/gguf", "2.900 MB", "llama.cpp", "1.2e-4 (0.0025)", "0.0081 (0.050)", "2.0e-6 (0.0010)", "yes"]
     assert export_rows(report)[0] == row
     assert export_rows(report)[1][5] == "–"
     assert f"| {' | '.join(row)} |" in markdown(report)
