@@ -75,6 +75,27 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def recipes(options: Any, per_epoch: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Options of the passes: the whole encoder trained, adapters, and half of it taught by the whole one."""
+    whole = {
+        "losses": ["labels"], "steps": options.epochs * per_epoch, "batch_size": options.batch_size,
+        "learning_rate": 5e-5,
+    }  # fmt: skip
+    lora = {
+        "purpose": "task", "r": 8, "modules_to_save": ["classifier"], "epochs": options.epochs,
+        "batch_size": options.batch_size, "learning_rate": 1e-3, "held_out": 0.1, "merge": True,
+    }  # fmt: skip
+    half = {
+        "student": {"layers": options.kept or "50%"},
+        "losses": [
+            {"kl": {"temperature": 2}}, {"hidden": {"weight": options.hidden_weight}}, {"labels": {"weight": 0.5}},
+        ],
+        "steps": options.distill_steps or options.distill_epochs * per_epoch,
+        "batch_size": options.batch_size, "learning_rate": 1e-4,
+    }  # fmt: skip
+    return whole, lora, half
+
+
 def main() -> None:
     options = arguments(
         __doc__,
@@ -116,22 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         base = with_head(options.model, options.training, place / "base")
-        whole = {
-            "losses": ["labels"], "steps": options.epochs * per_epoch, "batch_size": options.batch_size,
-            "learning_rate": 5e-5,
-        }  # fmt: skip
-        lora = {
-            "purpose": "task", "r": 8, "modules_to_save": ["classifier"], "epochs": options.epochs,
-            "batch_size": options.batch_size, "learning_rate": 1e-3, "held_out": 0.1, "merge": True,
-        }  # fmt: skip
-        half = {
-            "student": {"layers": options.kept or "50%"},
-            "losses": [
-                {"kl": {"temperature": 2}}, {"hidden": {"weight": options.hidden_weight}}, {"labels": {"weight": 0.5}},
-            ],
-            "steps": options.distill_steps or options.distill_epochs * per_epoch,
-            "batch_size": options.batch_size, "learning_rate": 1e-4,
-        }  # fmt: skip
+        whole, lora, half = recipes(options, per_epoch)
         run("whole", base, [{"distill": whole}], place / "whole")
         if not options.no_lora:
             run("lora", base, [{"lora": lora}], place / "lora")

@@ -125,6 +125,17 @@ def ours(options: argparse.Namespace, method: str, kind: KQuant, texts: dict[str
     return {"model": model, "bytes": stored, "seconds": time.monotonic() - started}
 
 
+def theirs(original: PreTrainedModel, kind: str, library: Any, importance: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The model with every linear layer as the library's blocks have it, their bytes and the seconds it took."""
+    found: dict[str, Any] = {"model": copy.deepcopy(original), "bytes": 0, "seconds": 0.0}
+    started = time.monotonic()
+    for name, layer in linear_layers(found["model"]).items():
+        layer.weight.data = k_quantized(library, kind, layer.weight, importance[name])
+        found["bytes"] += layer.weight.numel() // 256 * K_QUANTS[kind].block_bytes
+    found["seconds"] = time.monotonic() - started
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
@@ -162,12 +173,7 @@ def main() -> None:
             if any((row["against"], row["method"]) == (kind, method) for row in rows):
                 continue
             if method == "k-quant":
-                found: dict[str, Any] = {"model": copy.deepcopy(original), "bytes": 0, "seconds": 0.0}
-                started = time.monotonic()
-                for name, layer in linear_layers(found["model"]).items():
-                    layer.weight.data = k_quantized(library, kind, layer.weight, importance[name])
-                    found["bytes"] += layer.weight.numel() // 256 * K_QUANTS[kind].block_bytes
-                found["seconds"] = time.monotonic() - started
+                found = theirs(original, kind, library, importance)
             else:
                 found = ours(options, method, K_QUANTS[kind], texts)
             scores = window_scores(found["model"], texts["evaluation"].tokens, reference=original)
