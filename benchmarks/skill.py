@@ -24,10 +24,10 @@ from compress.builtin.comparison import items, lessons
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--lessons", type=int, default=2000)
-    parser.add_argument("--rehearsal", type=int, default=1000)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--rehearsal", type=int, default=8000)
+    parser.add_argument("--learning-rate", type=float, default=8e-4)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         training, tasks = Path(scratch, "lessons.jsonl"), Path(scratch, "comparison.jsonl")
