@@ -251,7 +251,7 @@ def test_zeros_are_not_lost_on_a_grid_with_minima(tmp_path):
 
 def test_rows_that_do_not_fit_are_refused_in_the_plan_with_the_grids_that_do(tmp_path):
     folder = save_tiny(tmp_path / "model", "llama", **{**WIDE, "intermediate_size": 288})
-    recipe = {"model": str(folder), "passes": [{"rtn": {"grid": "gguf-q4_k"}}], "export": ["gguf"], "benchmark": False}
+    recipe = {"model": str(folder), "passes": [{"rtn": {"grid": "gguf-q4_k"}}], "benchmark": False}
     with pytest.raises(StartError, match=r"super-blocks of 256 .*288 columns.*`skip`.*gguf-q4_0"):
         compress.plan(Recipe.from_dict(recipe))
     recipe["passes"][0]["rtn"]["skip"] = ["*down_proj"]
