@@ -94,6 +94,8 @@ def _damage(
     started = time.monotonic()
     try:
         was = before()
+        if any(each.adapter is not None and not each.resident for each in (was, model)):
+            return nothing("not measured: an adapter stands beside a model that is not kept in memory")
         with (
             progress.step(f"{pass_.name}: damage", total=len(was.block_list())) as step,
             attached(was),

@@ -218,10 +218,15 @@ def _kept_adapter(stage: Any) -> Any:
 
 
 def _as_found(index: int, ready: Prepared, recipe: Recipe, work: Workspace) -> ModelHandle:
-    """The model as the pass at `index` found it, opened anew: a block at a time where its family allows that."""
+    """The model as the pass at `index` found it, opened anew: a block at a time where its family allows that, and no
+    adapter stands beside it, which only goes with a whole model."""
     done = [(pass_, work.stage(i, pass_.name)) for i, pass_ in enumerate(recipe.passes[:index])]
+    changed = [pass_.leaves for pass_, _ in done if pass_.changes_weights]
+    whole = changed[-1:] == ["adapter"] and recipe.residency != "disk"
     try:
-        model = open_model(ready.folder, dtype=recipe.dtype, device=ready.device, residency="disk")
+        model = open_model(
+            ready.folder, dtype=recipe.dtype, device=ready.device, residency="memory" if whole else "disk"
+        )
         model.load(model.block_list()[0])
         model.release(model.block_list()[0])
     except StartError:  # its tensors have other names, or are merged, in the files

@@ -220,6 +220,23 @@ def test_a_run_states_damage_and_figures_of_each_stage_and_the_residency_changes
 
 
 @pytest.mark.usefixtures("unverified")
+def test_a_pass_after_an_adapter_has_its_damage_and_one_that_leaves_it_on_disk_says_why_not(text_file, tmp_path):
+    model = save_tiny(tmp_path / "grouped", "qwen3")  # layers that are not square: keys and values have fewer heads
+    values = recipe(model, text_file, tmp_path / "memory", stages=False)
+    lora = {"init_lora_weights": "repair", "tokens": 256, "batch_size": 4}
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"other words, number {n}, {n * n} of them\n" for n in range(80)))
+    values["data"]["training"] = {**values["data"]["calibration"], "source": str(other)}
+    values["passes"] = [{"rtn": {"bits": 3, "group_size": 16}}, {"repair": {"r": 2}}, {"lora": lora}]
+    stages = run(values).stages
+    assert [len(stage.damage["blocks"]) for stage in stages] == [3, 3, 3]
+    on_disk = {**values, "passes": values["passes"][:2], "residency": "disk", "output": str(tmp_path / "disk")}
+    rounded, repaired = run(on_disk).stages
+    assert rounded.damage["blocks"]
+    assert "adapter stands beside" in repaired.damage["reason"]
+
+
+@pytest.mark.usefixtures("unverified")
 def test_what_was_measured_survives_a_second_start_and_can_be_left_out(tiny_folder, text_file, tmp_path, monkeypatch):
     import compress.pipeline as pipeline
 
