@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from compress.nn import prepacked
+
 #: What a model's `config._attn_implementation` is then.
 NAME = "compress"
 #: Queries at a time, prompts from which that is faster than torch's operator, and most scores at a time.
@@ -102,7 +104,7 @@ def use_quick_prompts(model: PreTrainedModel) -> bool:
     config = model.config
     if not model.can_generate() or config.is_encoder_decoder or config._attn_implementation != "sdpa":
         return False
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or prepacked.why_not() is not None:
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)

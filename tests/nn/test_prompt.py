@@ -110,6 +110,14 @@ def test_other_dtypes_keep_the_attention_of_torch(dtype: torch.dtype) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_without_onednn_nothing_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops, "mkldnn")
+    model = tiny_model("llama").to(torch.bfloat16)
+    assert not prompt.use_quick_prompts(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_encoders_keep_the_attention_of_torch() -> None:
     for family in ("bert", "t5"):
         model = tiny_model(family).to(torch.bfloat16)
