@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 from arguments import settings, write_result
+from gguf_q4 import write_blocks
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -166,14 +166,9 @@ def with_llama_cpp(model: PreTrainedModel, threads: int) -> Engine:
         write_model_folder(folder, Contents.of_model(model, byte_tokenizer()), "gguf")
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, threads
-        packed_file = Path(place) / "packed" / FILE
-        packed_file.parent.mkdir()
-        failed = llama_cpp.llama_model_quantize(
-            str(folder / FILE).encode(), str(packed_file).encode(), ctypes.byref(params)
-        )
-        if failed:
-            raise RuntimeError("llama_model_quantize failed.")
-        return LlamaCpp().open(packed_file.parent, threads=threads, device="cpu")
+        blocks = Path(place) / "packed" / FILE
+        write_blocks(folder / FILE, blocks, params)
+        return LlamaCpp().open(blocks.parent, threads=threads, device="cpu")
 
 
 def with_onnxruntime(model: PreTrainedModel, threads: int) -> Engine:

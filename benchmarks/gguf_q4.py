@@ -73,6 +73,13 @@ def own_blocks(kind: str, dense: Path, target: Path, importance: dict[str, torch
             entry.name, entry.size = kept[-2], values.size
             entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         params.imatrix = entries
+    write_blocks(dense, target, params)
+
+
+def write_blocks(dense: Path, target: Path, params: Any) -> None:
+    """Has llama.cpp round a dense file as its `params` say, into a folder of its own."""
+    import llama_cpp
+
     target.parent.mkdir(parents=True)
     if llama_cpp.llama_model_quantize(str(dense).encode(), str(target).encode(), ctypes.byref(params)):
         raise RuntimeError("llama_model_quantize failed.")

@@ -52,6 +52,11 @@ class Wanted:
         damage, stages = recipe.benchmark.damage, recipe.benchmark.stages
         return cls(small if damage is None else damage, small if stages is None else stages)
 
+    def of_stage(self, recipe: Recipe, index: int) -> bool:
+        """Whether figures of what the pass at `index` leaves are wanted: the last one's are the benchmark's."""
+        changes = [step.changes_weights for step in recipe.passes[index:]]
+        return self.stages and changes[0] and any(changes[1:])
+
 
 def explain(
     pass_: Pass, index: int, model: ModelHandle, before: Callable[[], ModelHandle], ready: Prepared, recipe: Recipe,
@@ -67,8 +72,7 @@ def explain(
     found: dict[str, Any] = {}
     if wanted.damage:
         found["damage"] = _damage(pass_, model, before, ready, blocks, other_tokens, progress)
-    later = any(step.changes_weights for step in recipe.passes[index + 1 :])
-    if wanted.stages and later and pass_.changes_weights:
+    if wanted.of_stage(recipe, index):
         text = None if other_tokens or ready.kept_tokens is not None else ready.evaluation
         found["measurements"] = stage_figures(model, text, other_tokens or ready.kept_tokens is not None)
         if ready.job is not None and ready.job.wants("speed"):

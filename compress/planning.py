@@ -213,8 +213,7 @@ class _Walkthrough:
         if self.wanted.damage and pass_.changes_weights and entry and compares:
             parts = costs.damaging(self.shape, self.holding, _text(entry, self.shape), found_block)
             steps.append(self._step(f"{pass_.name}: {DAMAGE}", parts))
-        later = any(each.changes_weights for each in self.recipe.passes[place + 1 :])
-        if self.wanted.stages and later and pass_.changes_weights and self._times():
+        if self.wanted.of_stage(self.recipe, place) and self._times():
             size = self._folder_bytes()
             disk = sum(self.stages) + size + SMALL_FILES_BYTES
             steps.append(self._step(f"{pass_.name}: {SPEED}", costs.stage(self.shape, self.holding, size), disk))

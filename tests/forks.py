@@ -64,14 +64,9 @@ def use_forks(patch: pytest.MonkeyPatch) -> Callable[[], None]:
     server = jobs.ForkServer(jobs._environment(1))
 
     def forked(command: list[str], *, threads: int, **options: Any) -> None:
-        code = "import runpy, sys; del sys.argv[0]; "
-        if command[1:2] == ["-P"]:
-            code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-            words = command[2:]
-        else:
-            code += "runpy.run_module(sys.argv[0], run_name='__main__')"
-            words = command[2:]
-        if threads != 1 or python(code, *words).returncode:
+        run = "run_path" if command[1:2] == ["-P"] else "run_module"
+        code = f"import runpy, sys; del sys.argv[0]; runpy.{run}(sys.argv[0], run_name='__main__')"
+        if threads != 1 or python(code, *command[2:]).returncode:
             run_child(command, threads=threads, **options)
 
     patch.setattr(verification, "run_child", forked)

@@ -11,10 +11,12 @@ import threading
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from compress.nn.prepared_layer import PreparedLayer
 
 if TYPE_CHECKING:
     from compress.nn.quant_linear import QuantLinear
@@ -48,11 +50,11 @@ class _Layer(ctypes.Structure):
     )  # fmt: skip
 
 
-class Prepared:
+class Prepared(PreparedLayer):
     """What the kernel is told of a layer, and the tensors that the addresses in it belong to."""
 
     def __init__(self, layer: QuantLinear):
-        self.packed, self.scale = layer.weight_packed, layer.weight_scale
+        super().__init__(layer)
         zero = layer.zero_point()
         self.zero = None if zero is None else zero.contiguous()
         self.layer = _Layer(
@@ -61,19 +63,6 @@ class Prepared:
             _KINDS[self.scale.dtype],
         )  # fmt: skip
         self.address = ctypes.addressof(self.layer)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the layer has other addresses: it is prepared anew when it is called."""
-        return _nothing, ()
-
-    def holds(self, layer: QuantLinear) -> bool:
-        """Whether it was made from these tensors: a checkpoint may have put others in their place."""
-        buffers = layer._buffers  # past nn.Module's slow look-up: this is asked at every call
-        return buffers["weight_packed"] is self.packed and buffers["weight_scale"] is self.scale
-
-
-def _nothing() -> None:
-    return None
 
 
 @cache
@@ -122,16 +111,8 @@ def fits(layer: QuantLinear, x: Tensor) -> bool:
         return False
     if not (layer.weight_packed.is_contiguous() and layer.weight_scale.is_contiguous()):
         return False
-    prepared(layer)
+    Prepared.of(layer)
     return True
-
-
-def prepared(layer: QuantLinear) -> Prepared:
-    """What the kernel is told of a layer that it can serve, made where it is not there or no longer true."""
-    found = layer.prepared
-    if not isinstance(found, Prepared) or not found.holds(layer):
-        found = layer.prepared = Prepared(layer)
-    return found
 
 
 def why_not_int8(layer: QuantLinear | None = None) -> str | None:

@@ -139,7 +139,7 @@ class Prepared:
 
     def __init__(self, block: nn.Module, parts: Parts, dtype: torch.dtype):
         self.dtype, self.attention = dtype, parts.attention
-        self.layers = [cpu.prepared(layer) for layer in parts.layers]
+        self.layers = [cpu.Prepared.of(layer) for layer in parts.layers]
         self.biases = [None if layer.bias is None else layer.bias.detach().float() for layer in parts.layers]
         norms = (*parts.norms, *parts.head_norms)
         self.norms = [None if norm is None else norm._parameters["weight"].detach().float() for norm in norms]

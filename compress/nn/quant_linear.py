@@ -18,8 +18,7 @@ from compress.maths.named_grids import SuperBlock
 from compress.nn import kernels
 
 if TYPE_CHECKING:
-    from compress.nn.cpu import Prepared
-    from compress.nn.torch_int4 import Reordered
+    from compress.nn.prepared_layer import PreparedLayer
 
 #: Of super-blocks: the tensor with their numbers -> that with the groups' multiples of these.
 MULTIPLES = {"weight_scale": "weight_multiples", "weight_minimum": "weight_minimum_multiples"}
@@ -72,8 +71,8 @@ class QuantLinear(nn.Module):  # type: ignore[misc]
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
         self._cache: Tensor | None = None
         self._caching = False
-        #: What the CPU kernel is told of this layer, or torch's product of 4 bits takes, once it has been called.
-        self.prepared: Prepared | Reordered | None = None
+        #: What the kernel that serves this layer keeps beside it, once it has been called.
+        self.prepared: PreparedLayer | None = None
 
     @classmethod
     def empty(

@@ -7,10 +7,12 @@ symmetric grids with bfloat16 scales lose nothing in it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from compress.nn.prepared_layer import PreparedLayer
 
 if TYPE_CHECKING:
     from compress.nn.quant_linear import QuantLinear
@@ -20,27 +22,15 @@ _GROUPS = (32, 64, 128, 256)
 _ROWS = 16
 
 
-class Reordered:
-    """A layer's codes and scales as torch's operator takes them, and the tensors that they were made from."""
+class Reordered(PreparedLayer):
+    """A layer's codes and scales as torch's operator takes them."""
 
     def __init__(self, layer: QuantLinear):
-        self.packed, self.scale = layer.weight_packed, layer.weight_scale
+        super().__init__(layer)
         codes = layer.stored_codes().to(torch.int32) + 8
         self.codes: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         scale = self.scale.t()
         self.scales = torch.stack([scale, torch.zeros_like(scale)], -1).contiguous()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the layer makes its own when it is called."""
-        return _nothing, ()
-
-    def holds(self, layer: QuantLinear) -> bool:
-        """Whether it was made from these tensors: a checkpoint may have put others in their place."""
-        return layer._buffers["weight_packed"] is self.packed and layer._buffers["weight_scale"] is self.scale
-
-
-def _nothing() -> None:
-    return None
 
 
 def why_not(layer: QuantLinear) -> str | None:
@@ -69,9 +59,7 @@ def fits(layer: QuantLinear, x: Tensor) -> bool:
 
 def multiply(layer: QuantLinear, x: Tensor) -> Tensor:
     """x bfloat16 [..., in] times the packed weight, sums in float32: bfloat16 [..., out]."""
-    kept = layer.prepared
-    if not isinstance(kept, Reordered) or not kept.holds(layer):
-        kept = layer.prepared = Reordered(layer)
+    kept = Reordered.of(layer)
     group = layer.in_features // layer.weight_scale.shape[1]
     flat = x.reshape(-1, layer.in_features).contiguous()
     out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, kept.codes, group, kept.scales)
