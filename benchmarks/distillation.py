@@ -4,9 +4,12 @@
 
 Every row is a run of its own, on the same text in the same order: distilled, on the text alone, both again from random
 weights. `share` is the student's mean accuracy over that of the teacher; differences have 95 % intervals over paired
-items. `--samples` says how much text there is: of little, a student sees all of it many times. `--blocks` adds:
-block_distill after 3 bits, 2 bits and half the weights zero, against the same model untrained. `step_ratio`: the time
-of a step with a warm cache over that of a step on the text alone.
+items. `--samples` says how much text there is: of little, a student sees all of it many times. `--generated` lets the
+teacher write more for the rows that learn from it; rows of "given text" and "text alone" have what was given. Each row
+says which of its seconds went into what. `--text-alone-steps` trains on the text alone for other numbers of steps as
+well, since of little text more is not always better. `--blocks` adds: block_distill after 3 bits, 2 bits and half the
+weights zero, against the same model untrained. `step_ratio`: the time of a step with a warm cache over that of a step
+on the text alone.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ import argparse
 import json
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +34,24 @@ from compress.measure.statistics import areas_difference
 from compress.opening import open_model
 from compress.passes.base import Context
 from compress.preparation import prepare
+from compress.progress import Progress, Step
 from compress.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 LABELS: list[Any] = ["labels"]
+
+
+class Clock(Progress):
+    """Seconds by what they went into."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Step]:
+        started = time.monotonic()
+        yield Step()
+        self.seconds[title.removeprefix("distill: ")] += time.monotonic() - started
 
 
 def prepared(options: argparse.Namespace, scratch: Path) -> Any:
@@ -39,6 +59,7 @@ def prepared(options: argparse.Namespace, scratch: Path) -> Any:
     data = {"training": {"source": options.training or options.model, "samples": options.samples, "length": 256}}
     data["calibration"] = {**data["training"], "samples": 64}
     values = {"model": options.model, "data": data, "passes": ["gptq", {"distill": {}}], "output": str(scratch / "run")}
+    values["seed"] = options.seed
     if options.tasks:
         values["benchmark"] = {"tasks": options.tasks}
     return prepare(Recipe.from_dict(values))
@@ -46,15 +67,16 @@ def prepared(options: argparse.Namespace, scratch: Path) -> Any:
 
 def distilled(ready: Any, options: argparse.Namespace, **more: Any) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """A student trained so: its account, and its items."""
-    model = open_model(ready.folder)
+    model, clock = open_model(ready.folder), Clock()
     context = Context(
         training=ready.training, original=lambda: open_model(ready.folder).model, original_folder=ready.folder,
-        tokenizer=ready.tokenizer, seed=options.seed, calibration=ready.calibration,
+        tokenizer=ready.tokenizer, seed=options.seed, calibration=ready.calibration, progress=clock,
     )  # fmt: skip
     entries = {
         "student": {"layers": options.layers},
         "tokens": options.tokens,
         "batch_size": options.batch_size,
+        "cache": options.cache,
         **more,
     }
     pass_ = compress.Distill.model_validate({"learning_rate": options.learning_rate, **entries})
@@ -62,8 +84,10 @@ def distilled(ready: Any, options: argparse.Namespace, **more: Any) -> tuple[dic
     result = pass_.run(model, context)
     seconds = time.monotonic() - started
     scores = area_scores(model.model, ready.tokenizer, ready.job.items, model.context_length)
-    account = {"options": pass_.options(), "seconds": seconds, "loss": result.measurements["losses"][-1]["loss"]}
-    return {**account, "steps": result.measurements["steps"]}, scores
+    measured = result.measurements
+    account = {"options": {**pass_.options(), "cache": "own"}, "seconds": seconds, "parts": dict(clock.seconds)}
+    account |= {"loss": measured["losses"][-1]["loss"], "steps": measured["steps"]}
+    return account | {"generated": measured.get("generated", {}).get("tokens", 0)}, scores
 
 
 def mean(scores: dict[str, list[int]]) -> float:
@@ -79,11 +103,18 @@ def difference(a: dict[str, list[int]], b: dict[str, list[int]]) -> dict[str, An
 def rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The students, by name."""
     fresh = {"source": "fresh", "layers": options.layers}
+    written = {"generated": options.generated} if options.generated else {}
     kl = ["kl", {"hidden": {"weight": 0.1}}]
     found: dict[str, dict[str, Any]] = {
-        "kl": {"losses": ["kl"]}, "kl + hidden": {"losses": kl}, "text alone": {"losses": LABELS},
-        "kl, random": {"losses": ["kl"], "student": fresh}, "text alone, random": {"losses": LABELS, "student": fresh},
+        "kl": {"losses": ["kl"], **written}, "kl + hidden": {"losses": kl, **written}, "text alone": {"losses": LABELS},
     }  # fmt: skip
+    if written:
+        found["given and written text alone"] = {"losses": LABELS, **written}
+        found["kl, given text"] = {"losses": ["kl"]}
+    found["kl, random"] = {"losses": ["kl"], "student": fresh, **written}
+    found["text alone, random"] = {"losses": LABELS, "student": fresh}
+    for steps in options.text_alone_steps:
+        found[f"text alone, {steps} steps"] = {"losses": LABELS, "steps": steps}
     return {name: row for name, row in found.items() if not options.only or name in options.only}
 
 
@@ -161,18 +192,26 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--only", nargs="*", help="rows to run, by name; all if absent")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the text that is given, and of all that is drawn")
+    parser.add_argument("--generated", type=int, default=0, help="tokens that the teacher writes; see above")
+    parser.add_argument("--text-alone-steps", nargs="*", type=int, default=[], metavar="STEPS")
     parser.add_argument("--no-step-ratio", action="store_true")
     parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--iterations", type=int, default=200)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         ready = prepared(options, Path(scratch))
+        options.cache = str(Path(scratch, "teacher"))
+        measure(ready, options)
+
+
+def measure(ready: Any, options: argparse.Namespace) -> None:
+    """All rows, each in the file of results as soon as it is there."""
     original = open_model(ready.folder)
     teacher = area_scores(original.model, ready.tokenizer, ready.job.items, original.context_length)
     print("teacher", mean(teacher), flush=True)
     result: dict[str, Any] = {
-        "options": {**vars(options), "model": Path(options.model).name},
+        "options": {**vars(options), "model": Path(options.model).name, "cache": "own"},
         "environment": environment(threads=torch.get_num_threads(), device="cpu"),
         "teacher": {area: float(np.mean(right)) for area, right in teacher.items()} | {"mean": mean(teacher)},
         "rows": [],
@@ -188,8 +227,13 @@ def main() -> None:
         entry |= {"mean": mean(scores), "share": mean(scores) / mean(teacher), "less_first": difference(first, scores)}
         result["rows"].append(entry)
         print(json.dumps({k: v for k, v in entry.items() if k != "options"}), flush=True)
+        keep(result, options)
     if options.blocks:
         result["blocks"] = blocks(ready, options)
+        keep(result, options)
+
+
+def keep(result: dict[str, Any], options: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"distillation-{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -104,6 +104,17 @@ def answers_of(
     return path, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def refuse_measured(lines: Sequence[Mapping[str, str]], tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """StartError where a prompt is one that the benchmark asks."""
+    asked = {str(item.get("prompt", item.get("question"))) for items in tasks.values() for item in items}
+    both = sum(line["prompt"] in asked for line in lines)
+    if both:
+        raise StartError(
+            f"answers.prompts: {both} of {len(lines)} are test items of the benchmark as well. What is measured must "
+            "not have been learnt: use other prompts."
+        )
+
+
 def _finish(path: Path, raw: Sequence[Line], kept: Sequence[Line], options: Answers, reasons: bool) -> None:
     """Writes the data set; CompressError where nothing is left."""
     if not kept:

@@ -73,6 +73,14 @@ class Windows:
             labels=None if self.labels is None else self.labels[rows],
         )
 
+    def followed_by(self, tokens: torch.Tensor) -> Windows:
+        """These windows and `tokens`, int64 [m, length], all of which is to be learnt; padded ones are not for this."""
+        assert self.mask is None
+        labels = None if self.labels is None else torch.cat([self.labels, tokens])
+        joined, total = torch.cat([self.tokens, tokens]), self.tokens_total + tokens.numel()
+        found = _finished(joined, None, self.source, total, self.role, self.documents, labels)
+        return replace(found, counts=self.counts)
+
     @property
     def length(self) -> int:
         return int(self.tokens.shape[1])

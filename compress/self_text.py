@@ -6,33 +6,102 @@ text at hand: a small text seen many times is learnt by heart, text seen once is
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from compress.checkpoint import disk_errors
+from compress.errors import StartError
 from compress.progress import Progress
 
-#: Bytes of keys and values that the windows written side by side may take.
+if TYPE_CHECKING:
+    from compress.data import Windows
+    from compress.passes.base import Context
+    from compress.shapes import ModelShape
+
+#: Bytes of keys and values that the windows written side by side may take at most.
 CACHE_BUDGET = 256 << 20
+#: The same on the CPU, unless the weights take more: keys and values are copied with every token, and those that leave
+#: the processor's caches cost more than reading the weights less often saves.
+SMALL_BUDGET = 32 << 20
+
+
+def with_written(
+    windows: Windows, teacher: Callable[[], PreTrainedModel], tokens: int, context: Context, title: str, *,
+    folder: Path | None, identity: Mapping[str, str] | None = None, vocabulary: int | None = None,
+    most: int | None = None,
+) -> Windows:  # fmt: skip
+    """The windows, and as many more as hold `tokens` that the teacher writes (0: none). Each begins with a token drawn
+    from the given text, as windows cut from a stream begin anywhere in a text.
+
+    What is written is kept in `folder` (None: nowhere) under a name that tells teachers apart by `identity`, and
+    `teacher()` is opened only where it is not there yet. Ids are below `vocabulary` (None: any). Of more than `most`
+    windows in all, given ones make room. StartError for padded windows.
+    """
+    if not tokens:
+        return windows
+    if windows.mask is not None:
+        raise StartError(f"{title}: generated text comes in whole windows: leave out `pack: false`.")
+    count = max(1, tokens // windows.length)
+    count = count if most is None else min(count, most)
+    draw = torch.Generator().manual_seed(context.seed)
+    first = windows.tokens.flatten()[torch.randint(0, windows.tokens.numel(), (count,), generator=draw)]
+    kept = None
+    if folder is not None:
+        content = [dict(identity or {}), windows.length, context.seed, vocabulary, first.tolist()]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        kept = folder / f"written-{digest[:32]}.safetensors"
+    written = write_text(
+        teacher, first, windows.length, context.seed, title, context.progress, kept=kept, vocabulary=vocabulary
+    )
+    given = len(windows) if most is None else min(len(windows), most - count)
+    return windows.select(torch.arange(given)).followed_by(written)
+
+
+def write_text(
+    teacher: Callable[[], PreTrainedModel], first: Tensor, length: int, seed: int, title: str,
+    progress: Progress | None = None, *, kept: Path | None = None, vocabulary: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Windows of token ids [n, length] (int64) sampled from a model's own distribution, temperature 1; window `i`
+    begins with `first[i]` ([n], int64). An end of text does not end a window: the next text follows, as in packed
+    windows. `kept`: a file to keep them in, and to take them from if it is there; then the teacher is not opened, and
+    of processes that want the same one writes. `vocabulary`: ids from there on are not written."""
+    if kept is None:
+        return _sampled(teacher(), first, length, seed, title, progress, vocabulary)
+    with disk_errors(kept.parent):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept.with_suffix(".lock")):
+        if not kept.exists():
+            tokens = _sampled(teacher(), first, length, seed, title, progress, vocabulary)
+            partial = kept.with_suffix(".partial")
+            with disk_errors(kept):
+                save_file({"tokens": tokens}, partial)
+                partial.rename(kept)
+    return load_file(kept)["tokens"]
 
 
 @torch.no_grad()
-def write_text(
-    model: PreTrainedModel, first: Tensor, length: int, seed: int, title: str, progress: Progress | None = None,
-    kept: Path | None = None,
+def _sampled(
+    model: PreTrainedModel, first: Tensor, length: int, seed: int, title: str, progress: Progress | None,
+    vocabulary: int | None,
 ) -> Tensor:  # fmt: skip
-    """Windows of token ids [n, length] (int64) sampled from the model's own distribution, temperature 1; window `i`
-    begins with `first[i]` ([n], int64). An end of text does not end a window: the next text follows, as in packed
-    windows. `kept`: a file to keep them in, and to take them from if it is there."""
-    if kept is not None and kept.exists():
-        return load_file(kept)["tokens"]
-    batch = max(1, min(len(first), CACHE_BUDGET // (length * _cache_bytes(model))))
+    """As `write_text`, which keeps it."""
+    check_writes(model, title)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    batch = _side_by_side(model.config, model.dtype.itemsize, len(first), length, weights, model.device.type)
     parts = []
     starts = range(0, len(first), batch)
     devices = [model.device] if model.device.type == "cuda" else []
+    width = int(model.config.get_text_config().vocab_size)
+    beyond = list(range(width if vocabulary is None else vocabulary, width)) or None
     showing = (progress or Progress()).step(f"{title}: writing text", total=len(starts))
     with showing as step, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -41,15 +110,39 @@ def write_text(
             written = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                 max_new_tokens=length - 1, min_new_tokens=length - 1, eos_token_id=[], pad_token_id=0,
+                suppress_tokens=beyond,
             )  # fmt: skip
             parts.append(written.cpu())
             step.advance()
-    tokens = torch.cat(parts)
-    if kept is not None:
-        partial = kept.with_suffix(".partial")
-        save_file({"tokens": tokens}, partial)
-        partial.rename(kept)
-    return tokens
+    return torch.cat(parts)
+
+
+def check_writes(model: PreTrainedModel, title: str) -> None:
+    """StartError for a model that cannot write text (an encoder, one that classifies)."""
+    if not model.can_generate():
+        raise StartError(f"{title}: generated: {type(model).__name__} writes no text: leave it out.")
+
+
+def writing_bytes(shape: ModelShape, tokens: int, length: int) -> int:
+    """What it takes to have so many tokens written by the model that `shape` was before any pass, beside its weights:
+    keys and values, those of one block once more while a token is added, and four copies of the likelihoods of the next
+    one."""
+    if not tokens:
+        return 0
+    config, itemsize = shape.original_config, shape.dtype.itemsize
+    text = config.get_text_config()
+    windows = _side_by_side(config, itemsize, max(1, tokens // length), length, shape.original_bytes)
+    cache = windows * length * _cache_bytes(config, itemsize)
+    return int(cache + cache // text.num_hidden_layers + 4 * 4 * windows * text.vocab_size)
+
+
+def _side_by_side(
+    config: PretrainedConfig, itemsize: int, windows: int, length: int, weights: int, device: str = "cpu"
+) -> int:
+    """Windows written at a time by a model of so many bytes of weights."""
+    least = CACHE_BUDGET if device == "cuda" else SMALL_BUDGET
+    budget = min(CACHE_BUDGET, max(least, weights))
+    return int(max(1, min(windows, budget // (length * _cache_bytes(config, itemsize)))))
 
 
 @torch.no_grad()
@@ -102,9 +195,9 @@ def _generated(
     return result
 
 
-def _cache_bytes(model: PreTrainedModel) -> int:
+def _cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
     """Of the keys and values of one token."""
-    text = model.config.get_text_config()
+    text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * width * model.dtype.itemsize)
+    return int(2 * text.num_hidden_layers * heads * width * itemsize)

@@ -7,6 +7,7 @@ model says of this one, so sizes are exact by construction.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class ModelShape:
         self.handle = ModelHandle(model)
         self.dtype = dtype
         self._look()
-        self.original_bytes = self.dense_bytes
+        self.original_bytes, self.original_config = self.dense_bytes, copy.deepcopy(model.config)
         #: Tokens of a window of training text.
         self.window = min(256, self.context)
         #: The tensors of the adapter beside the model.

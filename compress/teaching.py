@@ -151,10 +151,9 @@ def lesson(
     return Lesson(Taught(windows, found, tasks), kept, pairs, asked() if on_policy else None, found)
 
 
-def untaught(found: Lesson, student: ModelHandle) -> Lesson:
-    """The same texts without a teacher: what a control learns from."""
-    texts = Taught(found.texts.windows, None, found.texts.tasks)
-    return Lesson(texts, Kept(0, width_of(student.config)), [[]], None, None)
+def untaught(windows: Windows, tasks: Tensor | None, student: ModelHandle) -> Lesson:
+    """Texts without a teacher: what a control learns from."""
+    return Lesson(Taught(windows, None, tasks), Kept(0, width_of(student.config)), [[]], None, None)
 
 
 def teacher_areas(

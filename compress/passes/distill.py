@@ -16,10 +16,10 @@ import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.answers import Answers
 from compress.errors import StartError
@@ -82,6 +82,12 @@ class Distill(Pass):
         description="Learn from what the teacher writes to prompts, in the place of the training text. Then `losses` "
         "are `labels` if absent.",
     )
+    generated: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens that the teacher writes itself, added to the training text: what is little is else learnt "
+        "by heart. They are kept where `cache` is; of more than is to be seen, given text makes room.",
+    )
     steps: int | None = Field(default=None, ge=1, description="Steps of training, in the place of `tokens`.")
     tokens: int = Field(
         default=1_000_000, ge=1, description="Tokens of training text to see, text seen again counted again."
@@ -103,9 +109,22 @@ class Distill(Pass):
     )
     control: bool = Field(
         default=False,
-        description="Also train the same student for the same steps on the text alone, measure it, and let it go.",
+        description="Also train the same student for the same steps on the text alone, measure it, and let it go. What "
+        "is `generated` is no part of that text: without a teacher nobody writes it.",
     )
     precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _text_to_add_to(self) -> Self:
+        if self.generated and self.answers is not None:
+            raise ValueError(
+                "generated adds to the training text, and answers take its place: leave one of the two out"
+            )
+        if self.steps is None and self.generated > self.tokens:
+            raise ValueError(
+                f"{self.generated} tokens generated are more than the {self.tokens} that are to be seen: raise tokens"
+            )
+        return self
 
     @property
     def needs_training(self) -> bool:  # type: ignore[override]
@@ -119,9 +138,12 @@ class Distill(Pass):
     def reshape(self, model: ModelHandle) -> None:
         """Makes the student; a model that cannot be trained is refused by the plan already."""
         from compress.loading import skeleton
+        from compress.self_text import check_writes
         from compress.student import make_student
 
         self._check_student(model)
+        if self.generated:
+            check_writes(skeleton(self._teacher_config(model), model.dtype), self.name)
         make_student(model, self.student, lambda: skeleton(self._teacher_config(model), model.dtype))
 
     def _teacher_config(self, model: ModelHandle) -> Any:
@@ -194,6 +216,11 @@ class Distill(Pass):
                 f"distill: the teacher's tokenizer is another than the student's, so {compared[0]} has nothing to "
                 "compare. Learn from what the teacher writes: use answers with losses: [labels]."
             )
+        if self.generated and not source.speaks_like(context.tokenizer):
+            raise StartError(
+                "distill: the teacher's tokenizer is another than the student's, which cannot read the tokens that it "
+                "writes: use answers in the place of generated."
+            )
 
     def _losses(self, model: ModelHandle | None) -> list[Loss]:
         """The losses, or their default for this model (None: for one with logits)."""
@@ -212,10 +239,11 @@ class Distill(Pass):
     ) -> dict[str, Any]:
         """Trains the student (and the control before it); returns the account of it."""
         from compress.measure.areas import area_scores, class_scores, summarised
-        from compress.teaching import lesson, teacher_areas
+        from compress.teaching import lesson, teacher_areas, untaught
 
-        windows, tasks = self._texts(model, source, context)
-        windows, held = _held_back(windows, context.seed)
+        given, tasks = self._texts(model, source, context)
+        given, held = _held_back(given, context.seed)
+        windows = self._with_written(given, model, source, context)
         found = lesson(
             source, model.model, losses, windows, top_k=self.top_k, cache=self.cache, on_policy=self.on_policy > 0,
             tasks=tasks, context=context,
@@ -235,7 +263,8 @@ class Distill(Pass):
         measured: dict[str, Any] = {}
         if self.control:
             scored = areas if scores else None
-            control = _kept(context, "control", lambda: self._control(model, found, context, scored))
+            alone = untaught(given, tasks, model)
+            control = _kept(context, "control", lambda: self._control(model, alone, context, scored))
             measured["control"] = control["losses"]
             if scores:
                 scores["control"] = control["areas"]
@@ -245,6 +274,8 @@ class Distill(Pass):
             measured["areas"] = summarised(scores, context.seed)
         if found.cache is not None:
             measured["cache"] = {"folder": str(found.cache.folder), "bytes_per_token": found.cache.bytes_per_token}
+        if self.generated:
+            measured["generated"] = {"tokens": windows.tokens_total - given.tokens_total}
         if self.answers is not None:
             measured["answers"] = {"file": windows.source, "windows": len(windows), "fingerprint": windows.fingerprint}
         steps = self._steps(windows)
@@ -252,16 +283,13 @@ class Distill(Pass):
             "losses": result.summary(), "steps": steps, "tokens": steps * self.batch_size * windows.length, **measured,
         }  # fmt: skip
 
-    def _control(self, model: ModelHandle, found: Lesson, context: Context, areas: Any) -> dict[str, Any]:
-        """The same student, trained on the text alone, and its accuracies where `areas` measures them."""
+    def _control(self, model: ModelHandle, alone: Lesson, context: Context, areas: Any) -> dict[str, Any]:
+        """The same student, trained on the given text alone, and its accuracies where `areas` measures them."""
         from compress.model import ModelHandle
-        from compress.teaching import untaught
 
         twin = ModelHandle(copy.deepcopy(model.model), device=model.device)
         twin.states = set(model.states)
-        result = self._train(
-            twin, [Loss(labels=Labels())], untaught(found, twin), context, f"{self.name}: control", "control"
-        )
+        result = self._train(twin, [Loss(labels=Labels())], alone, context, f"{self.name}: control", "control")
         return {"losses": result.summary(), "areas": areas(twin.model) if areas else {}}
 
     def _train(
@@ -286,8 +314,7 @@ class Distill(Pass):
 
     def _texts(self, model: ModelHandle, source: TeacherSource, context: Context) -> tuple[Windows, Tensor | None]:
         """The windows to train on, no more than are needed, and the task of each (None: there is one)."""
-        from compress.answers import answer_windows, answers_of
-        from compress.teacher_cache import default_folder
+        from compress.answers import answer_windows, answers_of, refuse_measured
 
         if self.answers is None:
             assert context.training is not None
@@ -296,25 +323,49 @@ class Distill(Pass):
         if context.tokenizer is None:
             raise StartError("distill: answers are texts, and need a tokenizer: give tokenizer=...")
         rationale = next((loss.rationale for loss in self.losses or [] if loss.rationale is not None), None)
-        kept = default_folder() if self.cache in ("auto", "off") else Path(self.cache).expanduser()
-        path, lines = answers_of(
-            source, self.answers, rationale is not None, kept, context.seed, context.progress
-        )  # fmt: skip
-        _refuse_measured(lines, context)
+        kept = self._cache_folder()
+        path, lines = answers_of(source, self.answers, rationale is not None, kept, context.seed, context.progress)
+        refuse_measured(lines, context.tasks)
         return answer_windows(lines, context.tokenizer, rationale, model.context_length, str(path))
+
+    def _with_written(self, given: Windows, model: ModelHandle, source: TeacherSource, context: Context) -> Windows:
+        """The windows, and those that the teacher writes, kept beside what it says of them; no more than are seen."""
+        from compress.self_text import with_written
+        from compress.teaching import width_of
+
+        if not self.generated:
+            return given
+        stage = None if context.stage is None else context.stage.folder
+        folder = stage if self.cache == "off" else self._cache_folder()
+        return with_written(
+            given, lambda: source.model, self.generated, context, self.name, folder=folder,
+            identity={} if folder is None else source.identity, most=self._steps(given) * self.batch_size,
+            vocabulary=min(width_of(model.config), width_of(source.config)),
+        )  # fmt: skip
+
+    def _cache_folder(self) -> Path:
+        """Where what the teacher says is kept for other runs."""
+        from compress.teacher_cache import default_folder
+
+        return default_folder() if self.cache in ("auto", "off") else Path(self.cache).expanduser()
 
     def _steps(self, windows: Windows) -> int:
         return self.steps or max(1, self.tokens // (self.batch_size * windows.length))
 
     def extra_bytes(self, shape: ModelShape) -> int:
         """The Trainer, the teacher, the student in float32 with gradients and two moments, and a batch's activations;
-        with `control`, the student once more."""
+        with `control`, the student once more. Before that, where the teacher writes, what that takes, if it is more."""
         from compress.maths.divergence import SLICE_VALUES
+        from compress.self_text import writing_bytes
+        from compress.shapes import ModelShape
         from compress.trainable import COPIES
 
         values = shape.dense_bytes // shape.dtype.itemsize
         trained = 4 * values * COPIES - (shape.dense_bytes if shape.dtype.itemsize == 4 else 0)
-        teacher = self._teacher_bytes(shape)
+        teacher = shape
+        if self.teacher is not None:
+            teacher = ModelShape.of(self._teacher_config(shape.handle), shape.dtype)
+        writing = writing_bytes(teacher, self.generated, shape.window)
         tokens = self.batch_size * shape.window
         blocks = len(shape.handle.block_list())
         logits = 5 * SLICE_VALUES + 2 * tokens * shape.hidden
@@ -322,25 +373,7 @@ class Distill(Pass):
             logits += tokens * shape.vocabulary
         activations = 4 * (tokens * 2 * blocks * shape.widest + logits)
         control = shape.dense_bytes if self.control else 0
-        return int(TRAINER_BYTES + teacher + trained + activations + control)
-
-    def _teacher_bytes(self, shape: ModelShape) -> int:
-        from compress.shapes import ModelShape
-
-        if self.teacher is None:
-            return int(shape.original_bytes)
-        return ModelShape.of(self._teacher_config(shape.handle), shape.dtype).original_bytes
-
-
-def _refuse_measured(lines: Sequence[Mapping[str, str]], context: Context) -> None:
-    """StartError where a prompt is one that the benchmark asks."""
-    asked = {str(item.get("prompt", item.get("question"))) for items in context.tasks.values() for item in items}
-    both = sum(line["prompt"] in asked for line in lines)
-    if both:
-        raise StartError(
-            f"answers.prompts: {both} of {len(lines)} are test items of the benchmark as well. What is measured must "
-            "not have been learnt: use other prompts."
-        )
+        return int(TRAINER_BYTES + teacher.original_bytes + max(trained + activations + control, writing))
 
 
 def _held_back(windows: Windows, seed: int) -> tuple[Windows, Windows | None]:

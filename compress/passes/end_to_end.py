@@ -74,10 +74,12 @@ class EndToEndPass(Pass):
 
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         """Trains, packs, and keeps every block and the norms outside them."""
+        from compress.self_text import with_written
         from compress.training import Group, Schedule, train
 
         windows, teacher, layers = self._needed(model, context)
-        windows = self._with_written(windows, teacher, context)
+        place = context.stage.folder if context.stage else None
+        windows = with_written(windows, lambda: teacher, self.generated, context, self.name, folder=place)
         trained = {name: self.trained(layer, "sparse" in model.states) for name, layer in layers.items()}
         norms = norms_of(model) if self.norm_learning_rate else {}
         groups = [group for layer in trained.values() for group in self.groups(layer)]
@@ -86,7 +88,7 @@ class EndToEndPass(Pass):
         steps = max(1, self.tokens // (self.batch_size * windows.length))
         bf16 = trains_in_bf16(self.precision, model)
         schedule = Schedule(steps, self.batch_size, int(self.warmup * steps), context.seed, bf16)
-        folder = context.stage.folder / "training" if context.stage else None
+        folder = place / "training" if place else None
         with exchanged(model.model, trained, norms):
             result = train(
                 _Imitation(model.model, teacher), groups, windows, schedule, title=self.name, device=model.device,
@@ -116,23 +118,11 @@ class EndToEndPass(Pass):
 
     def reshape(self, model: ModelHandle) -> None:
         """Nothing changes its shape; a model that cannot be trained is refused by the plan already."""
+        from compress.self_text import check_writes
+
         packed_layers(model, self.name)
-
-    def _with_written(self, windows: Windows, teacher: PreTrainedModel, context: Context) -> Windows:
-        """The training text, and what the original model writes from tokens drawn from it."""
-        from compress.data import windows_from
-        from compress.self_text import write_text
-
-        if not self.generated:
-            return windows
-        if windows.mask is not None:
-            raise StartError(f"{self.name}: generated text comes in whole windows: leave out `pack: false`.")
-        count = max(1, self.generated // windows.length)
-        draw = torch.Generator().manual_seed(context.seed)
-        first = windows.tokens.flatten()[torch.randint(0, windows.tokens.numel(), (count,), generator=draw)]
-        kept = context.stage.folder / "written.safetensors" if context.stage else None
-        written = write_text(teacher, first, windows.length, context.seed, self.name, context.progress, kept)
-        return windows_from(torch.cat([windows.tokens, written]), None)
+        if self.generated:
+            check_writes(model.model, self.name)
 
     def _records(self, model: ModelHandle, before: dict[str, QuantLinear]) -> list[dict[str, Any]]:
         """For each block and layer: how far the weight moved, relative to itself."""
@@ -149,8 +139,12 @@ class EndToEndPass(Pass):
 
     def extra_bytes(self, shape: ModelShape) -> int:
         """The Trainer, the original model, what is trained with its gradient and two moments of Adam, and a batch's
-        activations."""
-        return TRAINER_BYTES + shape.original_bytes + self.trained_bytes(shape) + self._activation_bytes(shape)
+        activations; before that, where text is written, what that takes, if it is more."""
+        from compress.self_text import writing_bytes
+
+        training = self.trained_bytes(shape) + self._activation_bytes(shape)
+        writing = writing_bytes(shape, self.generated, shape.window)
+        return TRAINER_BYTES + shape.original_bytes + max(training, writing)
 
     @abstractmethod
     def trained_bytes(self, shape: ModelShape) -> int:

@@ -284,6 +284,9 @@ def _requirements(check: Checker, passes: Sequence[Pass], data: Data, benchmark:
         if step.needs_training and data.training is None and data.calibration is None:
             sentence = f"{step.name} trains on text: give data.training a .txt or .jsonl file."
             check.problem(("passes", index, step.name), sentence)
+        if getattr(step, "generated", 0) and data.training is not None and data.training.pack is False:
+            sentence = "text that is generated comes in whole windows: leave data.training.pack out."
+            check.problem(("passes", index, step.name, "generated"), sentence)
     if not benchmark:
         return
     asked: list[tuple[Place, str]] = [
