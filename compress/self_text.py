@@ -118,9 +118,9 @@ def _sampled(
 
 
 def check_writes(model: PreTrainedModel, title: str) -> None:
-    """StartError for a model that cannot write text (an encoder, one that classifies)."""
-    if not model.can_generate():
-        raise StartError(f"{title}: generated: {type(model).__name__} writes no text: leave it out.")
+    """StartError for a model that cannot write text out of nothing (an encoder, with a decoder or without)."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise StartError(f"{title}: generated: {type(model).__name__} writes no text of its own: leave it out.")
 
 
 def writing_bytes(shape: ModelShape, tokens: int, length: int) -> int:
