@@ -95,6 +95,8 @@ def test_of_more_text_than_is_seen_given_windows_make_room():
     assert found.tokens.shape == (12, 32)
     assert torch.equal(found.tokens[:2], TEXT[:2])
     assert not torch.equal(found.tokens[2], TEXT[2])
+    few = with_written(windows, lambda: tiny_model("llama"), 320, Context(), "test", folder=None, most=4)
+    assert few.tokens.shape == (4, 32)
 
 
 def test_all_of_what_is_written_is_to_be_learnt_where_of_the_given_text_a_part_is():
@@ -105,11 +107,14 @@ def test_all_of_what_is_written_is_to_be_learnt_where_of_the_given_text_a_part_i
     assert torch.equal(found.labels[16:], found.tokens[16:])
 
 
-def test_a_teacher_of_a_padded_vocabulary_writes_tokens_that_the_student_has():
+def test_a_teacher_of_a_padded_vocabulary_writes_tokens_that_the_student_has(trained, tmp_path):
     first = torch.arange(3, 43)
     wide = lambda: tiny_model("llama", vocab_size=300)  # noqa: E731
     assert int(write_text(wide, first, 12, 0, "test").max()) >= 96
     assert int(write_text(wide, first, 12, 0, "test", vocabulary=96).max()) < 96
+    pass_ = compress.Distill(steps=4, generated=320, cache=str(tmp_path))
+    pass_(tiny_model("llama"), training=TEXT, original=wide())
+    assert int(trained[0][16:].max()) < 96
 
 
 # What is kept of it
