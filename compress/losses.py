@@ -125,8 +125,8 @@ class StudentOptions(BaseModel):
     )
     layers: int | str | list[int] | None = Field(
         default=None,
-        description="Blocks that remain: a number or a percentage, those that `depth` keeps, or a list of their "
-        "indices, counted from 0.",
+        description="Blocks that remain: a number or a percentage, those that `depth` keeps (of a model that writes no "
+        "text the lowest ones), or a list of their indices, counted from 0.",
     )
     intermediate_size: int | str | None = Field(
         default=None, description="What remains of each MLP, as `width` takes it: a number of channels or a percentage."

@@ -60,7 +60,11 @@ def make_student(
 
 
 def _removing(model: ModelHandle, options: StudentOptions) -> list[Pass]:
-    """The structural passes that take from the model what the student is not to have."""
+    """The structural passes that take from the model what the student is not to have.
+
+    Of a model that writes no text (an encoder, a classifier) the upper blocks go: a task learnt anew needs the lower
+    ones most (Sajjad et al. 2023, On the Effect of Dropping Layers of Pre-trained Transformer Models, arXiv 2004.03844).
+    """
     found: list[Pass] = []
     count = len(model.block_list())
     if isinstance(options.layers, list):
@@ -72,7 +76,9 @@ def _removing(model: ModelHandle, options: StudentOptions) -> list[Pass]:
         if drop:
             found.append(Depth(drop=drop))
     elif options.layers is not None:
-        found.append(Depth(layers=amount(options.layers, count)))
+        left = amount(options.layers, count)
+        lowest = not model.model.can_generate() and left < count
+        found.append(Depth(drop=list(range(left, count))) if lowest else Depth(layers=left))
     narrower = {"intermediate_size": options.intermediate_size, "heads": options.heads}
     narrower = {name: size for name, size in narrower.items() if size is not None}
     if narrower:

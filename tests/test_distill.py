@@ -10,14 +10,17 @@ from torch.nn import functional
 
 import compress
 from compress import training
+from compress.data import windows_from
 from compress.distillation import Distillation, Taught, Teacher, even_pairs, head_of
 from compress.errors import RecipeError, StartError
-from compress.losses import Loss
+from compress.losses import Loss, StudentOptions
 from compress.maths.divergence import kl_divergence
 from compress.model import ModelHandle
 from compress.nn.quant_linear import QuantLinear
+from compress.passes.base import Context
 from compress.pipeline import run
 from compress.recipe import Recipe
+from compress.student import make_student
 from compress.teacher_cache import Kept, compact
 from compress.testing import save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -330,9 +333,6 @@ def test_a_given_student_takes_the_models_place(folder, tmp_path, unverified):
 
 
 def test_accuracies_of_teacher_student_and_control_stand_in_the_account():
-    from compress.data import windows_from
-    from compress.passes.base import Context
-
     items = [{"good": "a b c", "bad": "c b a"}, {"prompt": "ab", "completion": "c"}] * 4
     model = ModelHandle.wrap(tiny_model("llama"))
     context = Context(
@@ -401,8 +401,6 @@ def test_options_come_back_as_they_were_given():
 def test_windows_carry_labels_and_tasks_to_the_batch():
     from dataclasses import replace
 
-    from compress.data import windows_from
-
     windows = replace(windows_from(TEXT, None), labels=TEXT)
     item = Taught(windows, None, torch.zeros(64, dtype=torch.long))[3]
     assert torch.equal(item["labels"], TEXT[3])
@@ -411,9 +409,6 @@ def test_windows_carry_labels_and_tasks_to_the_batch():
 
 def test_a_classifier_learns_from_half_of_its_blocks_and_is_measured_on_text_kept_back():
     import transformers
-
-    from compress.data import windows_from
-    from compress.passes.base import Context
 
     def classifier():
         torch.manual_seed(0)
@@ -443,6 +438,22 @@ def test_a_classifier_learns_from_half_of_its_blocks_and_is_measured_on_text_kep
     assert areas["teacher"]["classes"] == 1.0
     assert set(areas) == {"teacher", "before", "after", "control", "differences"}
     assert areas["after"]["classes"] >= areas["before"]["classes"]
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+def test_of_an_encoder_the_lowest_blocks_remain_whatever_the_last_one_changes(family):
+    def kept(layers):
+        model = ModelHandle.wrap(tiny_model(family))
+        before = [copy.deepcopy(block.module) for block in model.block_list()]
+        with torch.no_grad():
+            for parameter in model.block_list()[-1].module.parameters():
+                parameter.mul_(3)  # what changes the text most
+        windows = windows_from(TEXT, None)
+        make_student(model, StudentOptions(layers=layers), lambda: model.model, Context(training=windows))
+        now = [next(block.module.parameters()) for block in model.block_list()]
+        return [next(i for i, old in enumerate(before) if torch.equal(next(old.parameters()), p)) for p in now]
+
+    assert kept(2) == kept("50%") == [0, 1]
 
 
 def test_text_written_in_bfloat16_leaves_every_weight_its_gradient():
