@@ -63,7 +63,7 @@ def _removing(model: ModelHandle, options: StudentOptions) -> list[Pass]:
     """The structural passes that take from the model what the student is not to have.
 
     Of a model that writes no text (an encoder, a classifier) the upper blocks go: a task learnt anew needs the lower
-    ones most (Sajjad et al. 2023, On the Effect of Dropping Layers of Pre-trained Transformer Models, arXiv 2004.03844).
+    ones most (Sajjad et al. 2023, On the Effect of Dropping Layers, arXiv 2004.03844).
     """
     found: list[Pass] = []
     count = len(model.block_list())
