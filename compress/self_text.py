@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ CACHE_BUDGET = 256 << 20
 #: The same on the CPU, unless the weights take more: keys and values are copied with every token, and those that leave
 #: the processor's caches cost more than reading the weights less often saves.
 SMALL_BUDGET = 32 << 20
+#: Seconds between two times that what is written so far is kept.
+SAVE_SECONDS = 60.0
 
 
 def with_written(
@@ -75,46 +78,61 @@ def write_text(
     windows. `kept`: a file to keep them in, and to take them from if it is there; then the teacher is not opened, and
     of processes that want the same one writes. `vocabulary`: ids from there on are not written."""
     if kept is None:
-        return _sampled(teacher(), first, length, seed, title, progress, vocabulary)
+        return _sampled(teacher(), first, length, seed, title, progress, vocabulary, None)
     with disk_errors(kept.parent):
         kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(kept.with_suffix(".lock")):
         if not kept.exists():
-            tokens = _sampled(teacher(), first, length, seed, title, progress, vocabulary)
-            partial = kept.with_suffix(".partial")
-            with disk_errors(kept):
-                save_file({"tokens": tokens}, partial)
-                partial.rename(kept)
+            begun = kept.with_suffix(".begun")
+            _save(kept, {"tokens": _sampled(teacher(), first, length, seed, title, progress, vocabulary, begun)})
+            begun.unlink(missing_ok=True)
     return load_file(kept)["tokens"]
 
 
 @torch.no_grad()
 def _sampled(
     model: PreTrainedModel, first: Tensor, length: int, seed: int, title: str, progress: Progress | None,
-    vocabulary: int | None,
+    vocabulary: int | None, begun: Path | None,
 ) -> Tensor:  # fmt: skip
-    """As `write_text`, which keeps it."""
+    """As `write_text`, which keeps it. `begun`: where so far written windows are kept from minute to minute, with the
+    state of the random numbers, so that a killed run ends with the same text."""
     check_writes(model, title)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     batch = _side_by_side(model.config, model.dtype.itemsize, len(first), length, weights, model.device.type)
-    parts = []
-    starts = range(0, len(first), batch)
-    devices = [model.device] if model.device.type == "cuda" else []
+    on_gpu = model.device.type == "cuda"
     width = int(model.config.get_text_config().vocab_size)
     beyond = list(range(width if vocabulary is None else vocabulary, width)) or None
-    showing = (progress or Progress()).step(f"{title}: writing text", total=len(starts))
-    with showing as step, torch.random.fork_rng(devices=devices):
+    tokens, saved = first.new_empty(0, length), time.monotonic()
+    showing = (progress or Progress()).step(f"{title}: writing text", total=len(first))
+    with showing as step, torch.random.fork_rng(devices=[model.device] if on_gpu else []):
         torch.manual_seed(seed)
-        for start in starts:
-            prompt = first[start : start + batch, None].to(model.device)
+        if begun is not None and begun.exists():
+            found = load_file(begun)
+            tokens = found["tokens"]
+            torch.cuda.set_rng_state(found["random"], model.device) if on_gpu else torch.set_rng_state(found["random"])
+            step.advance(parts=len(tokens))
+        while len(tokens) < len(first):
+            prompt = first[len(tokens) : len(tokens) + batch, None].to(model.device)
             written = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                 max_new_tokens=length - 1, min_new_tokens=length - 1, eos_token_id=[], pad_token_id=0,
                 suppress_tokens=beyond,
             )  # fmt: skip
-            parts.append(written.cpu())
-            step.advance()
-    return torch.cat(parts)
+            tokens = torch.cat([tokens, written.cpu()])
+            step.advance(parts=len(written))
+            if begun is not None and time.monotonic() - saved > SAVE_SECONDS:
+                random = torch.cuda.get_rng_state(model.device) if on_gpu else torch.get_rng_state()
+                _save(begun, {"tokens": tokens, "random": random})
+                saved = time.monotonic()
+    return tokens
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Whole or not there."""
+    partial = path.with_suffix(".partial")
+    with disk_errors(path):
+        save_file(tensors, partial)
+        partial.rename(path)
 
 
 def check_writes(model: PreTrainedModel, title: str) -> None:

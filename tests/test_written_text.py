@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import GenerationMixin
 
 import compress
@@ -173,18 +172,32 @@ def test_a_run_killed_in_training_does_not_write_again_and_ends_with_the_same_by
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_text_that_is_being_written_is_not_taken_for_whole(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise KeyboardInterrupt
+def test_writing_that_was_killed_goes_on_and_ends_with_the_same_text(tmp_path, generations, monkeypatch):
+    first = torch.arange(3, 13)
+    monkeypatch.setattr(self_text, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(self_text, "_side_by_side", lambda *_: 3)
 
-    kept, first = tmp_path / "written.safetensors", torch.arange(3, 13)
+    def write(name):
+        return write_text(lambda: tiny_model("llama"), first, 12, 0, "test", kept=tmp_path / f"{name}.safetensors")
+
+    whole = write("whole")
+    inner, parts = self_text._save, []
+
+    def fail(path, tensors):
+        inner(path, tensors)
+        parts.append(path.suffix)
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr("compress.self_text._sampled", fail)
+        patch.setattr(self_text, "_save", fail)
         with pytest.raises(KeyboardInterrupt):
-            write_text(lambda: tiny_model("llama"), first, 12, 0, "test", kept=kept)
-    assert not kept.exists()
-    written = write_text(lambda: tiny_model("llama"), first, 12, 0, "test", kept=kept)
-    assert torch.equal(load_file(kept)["tokens"], written)
+            write("killed")
+    assert parts == [".begun", ".begun"]
+    assert torch.equal(write("killed"), whole)
+    assert len(generations) == 4 + 4
+    names = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
+    assert names == {"whole.safetensors", "killed.safetensors"}
 
 
 # What the plan says
