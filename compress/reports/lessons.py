@@ -14,7 +14,7 @@ WHO = {"teacher": "teacher", "before": "student before", "after": "student after
 @dataclass(frozen=True)
 class LessonTable:
     """Accuracies of one pass: `rows` are an area and a figure for each column, the last row the mean; `sentences` say
-    what the difference to each other one is."""
+    what the difference to each other one is, and what of the text the teacher wrote."""
 
     title: str
     columns: list[str]
@@ -32,6 +32,10 @@ def lesson_tables(report: Report) -> list[LessonTable]:
         who = [name for name in WHO if name in areas]
         rows = [[area, *(units.human(areas[name][area], "fraction") for name in who)] for area in areas["after"]]
         sentences = [_sentence(name, areas["differences"][name]) for name in who if name != "after"]
+        written = stage.measurements.get("generated", {}).get("tokens")
+        if written:
+            alone = " The text alone is that without them." if "control" in who else ""
+            sentences.append(f"The teacher wrote {written:,} tokens of the text itself.{alone}")
         found.append(LessonTable(stage.pass_, ["area", *(WHO[name] for name in who)], rows, sentences))
     return found
 

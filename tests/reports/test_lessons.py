@@ -34,6 +34,14 @@ def test_every_area_has_a_row_for_teacher_student_and_control(make_report):
     assert alone.columns[-1] == "student after"
 
 
+def test_what_the_teacher_wrote_is_said_and_that_the_control_was_without_it(make_report):
+    for control, words in ((True, " The text alone is that without them."), (False, "")):
+        report = _taught(make_report(), control)
+        report.stages[0].measurements["generated"] = {"tokens": 999_936}
+        (found,) = lesson_tables(report)
+        assert found.sentences[-1] == f"The teacher wrote 999,936 tokens of the text itself.{words}"
+
+
 def test_both_pages_show_it_and_a_report_without_does_not(make_report):
     report = _taught(make_report())
     for page in (markdown(report), html.page(report)):
