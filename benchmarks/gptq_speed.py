@@ -1,13 +1,14 @@
 """How long GPTQ takes on a Llama with random weights, beside the least that any such method must do.
 
     python benchmarks/gptq_speed.py [--layers 12] [--dtype bfloat16] [--samples 32] [--length 512] [--threads 2]
-        [--against llm-compressor [--peer-python PATH]] [--scaling]
+        [--against llm-compressor [--peer-python PATH]] [--scaling] [--memory]
 
 Weights of 4 bits in groups of 128; hidden size 1024, 2816 inside the MLP, 16 heads, a vocabulary of 32000, tied. The
 floor is two forward passes over the text through the blocks, the Hessians x^T x of all inputs in float32, and a
 Cholesky factorisation of each: what looking at a block, solving and passing the text on come to, nothing beside.
 `--against llm-compressor` times its GPTQModifier in a process of its own, if it is installed. `--scaling` shows that
-time grows in proportion with blocks (4, 8, 16) and with tokens (1x, 2x, 4x). Writes
+time grows in proportion with blocks (4, 8, 16) and with tokens (1x, 2x, 4x). `--memory` takes the model from a folder
+with one block in memory at a time, and gives the peak above what importing torch and transformers takes. Writes
 `benchmarks/results/gptq_speed.json`.
 """
 
@@ -52,6 +53,37 @@ def ours(layers: int, dtype: str, samples: int, length: int) -> float:
     started = time.perf_counter()
     GPTQ(bits=4, group_size=128)(model, calibration=tokens)
     return time.perf_counter() - started
+
+
+def peak(folder: str, samples: int, length: int) -> int:
+    """Bytes that opening the folder, the pass and writing the result take at most, one block being in memory."""
+    from compress.measure.memory import forget_peak, peak_resident_bytes, resident_bytes
+
+    bare = resident_bytes()
+    forget_peak()
+    from compress.data import windows_from
+    from compress.formats.folder import write_model_folder
+    from compress.opening import check_weights, open_model
+    from compress.passes.base import Context
+    from compress.passes.gptq import GPTQ
+    from compress.workspace import Stage
+
+    check_weights(Path(folder))
+    handle, pass_ = open_model(Path(folder), residency="disk"), GPTQ(bits=4, group_size=128)
+    stage = Stage(Path(folder) / "stage")
+    pass_.run(handle, Context(calibration=windows_from(tokens_of(samples, length), None), stage=stage))
+    handle.latest = stage
+    handle.record(pass_)
+    write_model_folder(Path(folder) / "compressed", handle.contents())
+    return peak_resident_bytes() - bare
+
+
+def peak_of(options: argparse.Namespace) -> int:
+    """That, in a process of its own, of a folder that is made for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model_of(options.layers, options.dtype).save_pretrained(folder)
+        shape = (folder, options.samples, options.length)
+        return int(in_fresh_process("peak", *shape, threads=options.threads))
 
 
 @torch.no_grad()
@@ -118,7 +150,7 @@ def in_fresh_process(kind: str, *shape: Any, threads: int, python: str = sys.exe
 
 def work(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
-    kinds: dict[str, Any] = {"ours": ours, "floor": floor, "theirs": theirs}
+    kinds: dict[str, Any] = {"ours": ours, "floor": floor, "theirs": theirs, "peak": peak}
     Path(job["out"]).write_text(json.dumps(kinds[job["kind"]](*job["shape"])))
 
 
@@ -147,6 +179,7 @@ def main() -> int:
     parser.add_argument("--against", choices=["llm-compressor"])
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has llm-compressor")
     parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -173,6 +206,9 @@ def main() -> int:
         print(f"{other:.1f} s with llm-compressor: {seconds / other:.2f}", flush=True)
     if options.scaling:
         result["scaling"] = scaling(options)
+    if options.memory:
+        result["peak_bytes"] = peak_of(options)
+        print(f"{result['peak_bytes'] / 1e6:.0f} MB above the imports, one block in memory", flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     return 0
