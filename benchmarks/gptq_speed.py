@@ -2,14 +2,15 @@
 
     python benchmarks/gptq_speed.py [--layers 12] [--dtype bfloat16] [--samples 32] [--length 512] [--threads 2]
         [--against llm-compressor [--peer-python PATH]] [--scaling] [--memory]
+        [--keep]
 
 Weights of 4 bits in groups of 128; hidden size 1024, 2816 inside the MLP, 16 heads, a vocabulary of 32000, tied. The
 floor is two forward passes over the text through the blocks, the Hessians x^T x of all inputs in float32, and a
 Cholesky factorisation of each: what looking at a block, solving and passing the text on come to, nothing beside.
 `--against llm-compressor` times its GPTQModifier in a process of its own, if it is installed. `--scaling` shows that
 time grows in proportion with blocks (4, 8, 16) and with tokens (1x, 2x, 4x). `--memory` takes the model from a folder
-with one block in memory at a time, and gives the peak above what importing torch and transformers takes. Writes
-`benchmarks/results/gptq_speed.json`.
+with one block in memory at a time, and gives the peak above what importing torch and transformers takes. `--keep`
+measures these two alone, and adds them to the file as it is. Writes `benchmarks/results/gptq_speed.json`.
 """
 
 from __future__ import annotations
@@ -169,22 +170,8 @@ def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--against", choices=["llm-compressor"])
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has llm-compressor")
-    parser.add_argument("--scaling", action="store_true")
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.job:
-        work(json.loads(options.job))
-        return 0
+def compared(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the pass, of the floor, and of the peer if asked for."""
     from compress.measure.environment import environment
 
     shape = (options.layers, options.dtype, options.samples, options.length)
@@ -204,8 +191,29 @@ def main() -> int:
         other = in_fresh_process("theirs", *shape, threads=options.threads, python=options.peer_python)
         result["llm-compressor seconds"], result["of llm-compressor"] = round(other, 2), round(seconds / other, 3)
         print(f"{other:.1f} s with llm-compressor: {seconds / other:.2f}", flush=True)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--against", choices=["llm-compressor"])
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has llm-compressor")
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        work(json.loads(options.job))
+        return 0
+    result = json.loads(RESULTS.read_text()) if options.keep else compared(options)
     if options.scaling:
-        result["scaling"] = scaling(options)
+        result["scaling"] = {"threads": options.threads, "rows": scaling(options)}
     if options.memory:
         result["peak_bytes"] = peak_of(options)
         print(f"{result['peak_bytes'] / 1e6:.0f} MB above the imports, one block in memory", flush=True)

@@ -73,7 +73,7 @@ def _packed(model: ModelHandle, rate: float, title: str) -> Iterator[list[Group]
     how = EfficientQAT() if sparse else LLMQAT(learning_rate=rate)
     trained = {name: how.trained(layer, sparse) for name, layer in packed_layers(model, title).items()}
     norms = norms_of(model)
-    groups = [group for layer in trained.values() for group in how.groups(layer, steps=1)]
+    groups = [group for layer in trained.values() for group in how.groups(layer)]
     if norms:
         groups.append(Group(list(norms.values()), how.norm_learning_rate))
     with exchanged(model.model, trained, norms):

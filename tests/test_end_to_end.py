@@ -10,7 +10,6 @@ from compress import training
 from compress.errors import RecipeError, StartError
 from compress.maths.divergence import kl_divergence
 from compress.nn.quant_linear import QuantLinear
-from compress.nn.trained import WeightTrained
 from compress.pipeline import run
 from compress.recipe import Recipe
 from compress.self_text import write_text
@@ -54,31 +53,6 @@ def test_efficientqat_leaves_the_codes_and_llm_qat_does_not():
     assert all(torch.equal(a, b) for a, b in zip(before, _codes(trained), strict=True))
     compress.LLMQAT(**SMALL)(model, training=TEXT, original=tiny_model("llama"))
     assert not all(torch.equal(a, b) for a, b in zip(before, _codes(model), strict=True))
-
-
-@pytest.mark.parametrize(("steps", "rate"), [(30, 0.02), (1000, 0.008), (4000, 0.005)])
-def test_weights_of_llm_qat_can_cross_eight_cells_of_their_grid_within_bounds(steps, rate):
-    layer = next(module for module in _rounded().modules() if isinstance(module, QuantLinear))
-    trained = WeightTrained(layer)
-    groups = compress.LLMQAT().groups(trained, steps)
-    assert groups[0].parameters[0] is trained.weight
-    assert groups[0].learning_rate == pytest.approx(rate * trained.units()[0])
-    assert compress.LLMQAT(learning_rate=0.1).groups(trained, steps)[0].learning_rate == pytest.approx(
-        0.1 * trained.units()[0]
-    )
-
-
-@pytest.mark.parametrize(("cls", "first"), [(compress.EfficientQAT, 0.9), (compress.LLMQAT, 0.0)])
-def test_weights_that_are_rounded_are_trained_without_momentum_and_scales_with_it(cls, first, monkeypatch):
-    schedules, inner = [], training.train
-
-    def kept(objective, groups, windows, schedule, **more):
-        schedules.append(schedule)
-        return inner(objective, groups, windows, schedule, **more)
-
-    monkeypatch.setattr("compress.training.train", kept)
-    cls(tokens=512, batch_size=8)(_rounded(), training=TEXT, original=tiny_model("llama"))
-    assert [schedule.betas for schedule in schedules] == [(first, 0.99)]
 
 
 def test_zeros_of_a_pruned_model_stay_through_efficientqat_and_llm_qat_refuses_it():

@@ -31,7 +31,7 @@ class EfficientQAT(EndToEndPass):
 
         return ScaleTrained(layer, zero_trained=not sparse)
 
-    def groups(self, layer: Trained, steps: int) -> list[Group]:
+    def groups(self, layer: Trained) -> list[Group]:
         """The scale, at a rate relative to its size; the zero point, which is counted in steps of the grid."""
         from compress.nn.trained import ScaleTrained
         from compress.training import Group

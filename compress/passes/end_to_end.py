@@ -44,8 +44,6 @@ class EndToEndPass(Pass):
     needs_training: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = True
     changes_outside: ClassVar[bool] = True
-    #: Of AdamW.
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
 
     tokens: int = Field(
         default=1_000_000, ge=1, description="Tokens of training text to see, text seen again counted again."
@@ -71,8 +69,8 @@ class EndToEndPass(Pass):
         """The trainable layer that takes the place of this one; where the model is `sparse`, zeros must stay."""
 
     @abstractmethod
-    def groups(self, layer: Trained, steps: int) -> list[Group]:
-        """The parameters of a trainable layer, with their learning rates in a training of so many steps."""
+    def groups(self, layer: Trained) -> list[Group]:
+        """The parameters of a trainable layer, with their learning rates."""
 
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         """Trains, packs, and keeps every block and the norms outside them."""
@@ -84,12 +82,12 @@ class EndToEndPass(Pass):
         windows = with_written(windows, lambda: teacher, self.generated, context, self.name, folder=place)
         trained = {name: self.trained(layer, "sparse" in model.states) for name, layer in layers.items()}
         norms = norms_of(model) if self.norm_learning_rate else {}
-        steps = max(1, self.tokens // (self.batch_size * windows.length))
-        groups = [group for layer in trained.values() for group in self.groups(layer, steps)]
+        groups = [group for layer in trained.values() for group in self.groups(layer)]
         if norms:
             groups.append(Group(list(norms.values()), self.norm_learning_rate))
+        steps = max(1, self.tokens // (self.batch_size * windows.length))
         bf16 = trains_in_bf16(self.precision, model)
-        schedule = Schedule(steps, self.batch_size, int(self.warmup * steps), context.seed, bf16, self.betas)
+        schedule = Schedule(steps, self.batch_size, int(self.warmup * steps), context.seed, bf16)
         folder = place / "training" if place else None
         with exchanged(model.model, trained, norms):
             result = train(

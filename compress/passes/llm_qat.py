@@ -22,33 +22,22 @@ if TYPE_CHECKING:
     from compress.shapes import ModelShape
     from compress.training import Group
 
-#: How many cells of the grid a weight could cross at the peak rate, and what the rate is at least and at most.
-CELLS, SLOWEST, FASTEST = 8.0, 5e-3, 2e-2
-
 
 class LLMQAT(EndToEndPass):
     """Train the weights of a rounded model through its rounding, with scales and norms, on the original's logits."""
 
     name: ClassVar[str] = "llm_qat"
-    #: Without momentum: a weight beside a border of its cell goes to and fro, and holds the mean that its neighbours
-    #: need. With it the answer comes late and swings wider (see the log of benchmarks).
-    betas: ClassVar[tuple[float, float]] = (0.0, 0.99)
 
-    learning_rate: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="Peak learning rate of weights, in units of a layer's mean scale. Default: 8 / steps, at least "
-        "0.005 and at most 0.02.",
+    learning_rate: float = Field(
+        default=2e-2, gt=0, le=1, description="Peak learning rate of weights, in units of a layer's mean scale."
     )
-    batch_size: int = Field(default=4, ge=1, description="Windows of text in a step.")
 
     def trained(self, layer: QuantLinear, sparse: bool) -> WeightTrained:
         from compress.nn.trained import WeightTrained
 
         return WeightTrained(layer)
 
-    def groups(self, layer: Trained, steps: int) -> list[Group]:
+    def groups(self, layer: Trained) -> list[Group]:
         """Weight and scale at rates relative to the scale: a step of the grid is as far for every layer."""
         from compress.nn.trained import WeightTrained
         from compress.training import Group
@@ -56,16 +45,12 @@ class LLMQAT(EndToEndPass):
         assert isinstance(layer, WeightTrained)
         step, size, low = layer.units()
         groups = [
-            Group([layer.weight], self._rate(steps) * step),
+            Group([layer.weight], self.learning_rate * step),
             Group([layer.scale], self.scale_learning_rate * size),
         ]
         if layer.zero is not None:
             groups.append(Group([layer.zero], self.scale_learning_rate * low))
         return groups
-
-    def _rate(self, steps: int) -> float:
-        """Slow is better, as long as a weight can cross a few cells of the grid."""
-        return self.learning_rate or min(max(CELLS / steps, SLOWEST), FASTEST)
 
     def trained_bytes(self, shape: ModelShape) -> int:
         packed = [module for module in shape.handle.model.modules() if isinstance(module, QuantLinear)]
