@@ -1,6 +1,7 @@
 """The command line: light, exit codes, one clear message for each mistake, nothing left behind by it."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,19 @@ def test_importing_the_package_imports_no_torch(code):
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_the_program_silences_advice_of_bitsandbytes_which_training_imports():
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    try:
+        logger.setLevel(logging.NOTSET)
+        with pytest.raises(SystemExit):
+            main(["run", "no such recipe"])
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert logger.isEnabledFor(logging.ERROR)
+    finally:
+        logger.setLevel(before)
 
 
 def test_help_runs_without_torch_and_lists_the_commands_of_the_contract():
