@@ -62,20 +62,12 @@ def peak(folder: str, samples: int, length: int) -> int:
 
     bare = resident_bytes()
     forget_peak()
-    from compress.data import windows_from
-    from compress.formats.folder import write_model_folder
-    from compress.opening import check_weights, open_model
-    from compress.passes.base import Context
-    from compress.passes.gptq import GPTQ
-    from compress.workspace import Stage
+    from plan_memory import compressed
 
-    check_weights(Path(folder))
-    handle, pass_ = open_model(Path(folder), residency="disk"), GPTQ(bits=4, group_size=128)
-    stage = Stage(Path(folder) / "stage")
-    pass_.run(handle, Context(calibration=windows_from(tokens_of(samples, length), None), stage=stage))
-    handle.latest = stage
-    handle.record(pass_)
-    write_model_folder(Path(folder) / "compressed", handle.contents())
+    from compress.passes.gptq import GPTQ
+
+    pass_ = GPTQ(bits=4, group_size=128)
+    compressed(Path(folder), pass_, tokens_of(samples, length), "disk", Path(folder) / "work", lambda part: None)
     return peak_resident_bytes() - bare
 
 
@@ -170,6 +162,17 @@ def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def shaped(text: str | None) -> argparse.ArgumentParser:
+    """Arguments that say how large the model is and how much text it sees."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
 def compared(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the pass, of the floor, and of the peer if asked for."""
     from compress.measure.environment import environment
@@ -195,12 +198,7 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = shaped(__doc__)
     parser.add_argument("--against", choices=["llm-compressor"])
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has llm-compressor")
     parser.add_argument("--scaling", action="store_true")

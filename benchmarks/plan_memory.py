@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,26 @@ def recipe_of(model: Path, name: str, residency: str, samples: int) -> Any:
     )  # fmt: skip
 
 
+def compressed(folder: Path, pass_: Any, tokens: Any, residency: str, work: Path, note: Callable[[str], None]) -> None:
+    """As `compress run` does it: opens the folder, runs the pass on `tokens` [samples, length], and writes the result
+    below `work`; `note` is told of each part that is done."""
+    from compress.data import windows_from
+    from compress.formats.folder import write_model_folder
+    from compress.opening import check_weights, open_model
+    from compress.passes.base import Context
+    from compress.workspace import Stage
+
+    check_weights(folder)
+    handle, stage = open_model(folder, residency=residency), Stage(work / "stage")
+    note("load")
+    pass_.run(handle, Context(calibration=windows_from(tokens, None), stage=stage))
+    note("pass")
+    handle.latest = stage
+    handle.record(pass_)
+    write_model_folder(work / "model", handle.contents())
+    note("export")
+
+
 def measure_pass(job: dict[str, Any]) -> dict[str, float]:
     """In the process of its own: opens the model, runs the pass, writes the result; peaks in bytes."""
     import torch
@@ -89,12 +110,8 @@ def measure_pass(job: dict[str, Any]) -> dict[str, float]:
 
     torch.set_num_threads(job["threads"])
     bare = resident_bytes()
-    from compress.data import windows_from
-    from compress.formats.folder import write_model_folder
-    from compress.opening import check_weights, open_model
-    from compress.passes.base import Context
+    from compress.opening import read_config
     from compress.registry import PASSES as REGISTERED
-    from compress.workspace import Stage
 
     peaks, started = {}, time.monotonic()
 
@@ -103,20 +120,9 @@ def measure_pass(job: dict[str, Any]) -> dict[str, float]:
         forget_peak()
 
     forget_peak()
-    folder = Path(job["model"])
-    check_weights(folder)
-    handle = open_model(folder, residency=job["residency"])
-    note("load")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, handle.config.vocab_size, (job["samples"], LENGTH), generator=generator)
-    stage = Stage(Path(job["work"]) / "stage")
-    pass_ = REGISTERED.get(job["pass"])()
-    pass_.run(handle, Context(calibration=windows_from(tokens, None), stage=stage))
-    note("pass")
-    handle.latest = stage
-    handle.record(pass_)
-    write_model_folder(Path(job["work"]) / "model", handle.contents())
-    note("export")
+    folder, generator = Path(job["model"]), torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, read_config(folder).vocab_size, (job["samples"], LENGTH), generator=generator)
+    compressed(folder, REGISTERED.get(job["pass"])(), tokens, job["residency"], Path(job["work"]), note)
     return {**peaks, "seconds": round(time.monotonic() - started, 1)}
 
 

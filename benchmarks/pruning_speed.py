@@ -11,7 +11,6 @@ machine that is slow for a while is slow for both. Zeros: 50 % unstructured. Of 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gptq_speed import model_of, tokens_of
+from gptq_speed import model_of, shaped, tokens_of
 
 RESULTS = Path(__file__).parent / "results" / "pruning_speed.json"
 FORWARDS = 2
@@ -49,12 +48,7 @@ def pass_seconds(name: str, layers: int, dtype: str, samples: int, length: int) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = shaped(__doc__)
     parser.add_argument("--passes", nargs="+", default=["wanda", "sparsegpt"])
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()

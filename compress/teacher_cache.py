@@ -73,6 +73,12 @@ def default_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "compress" / "teacher"
 
 
+def cache_folder(named: str) -> Path:
+    """The folder that a recipe's `cache` names; of `auto` and `off` the default one, since what a teacher writes is
+    kept even where its likelihoods are not."""
+    return default_folder() if named in ("auto", "off") else Path(named).expanduser()
+
+
 def open_cache(
     folder: Path, identity: dict[str, str], windows: Windows, kept: Kept, ask: Callable[[], Ask],
     progress: Progress | None = None,

@@ -21,7 +21,7 @@ from compress.opening import read_config, read_tokenizer
 from compress.teacher_cache import (
     Kept,
     TeacherCache,
-    default_folder,
+    cache_folder,
     folder_digest,
     open_cache,
     tokenizer_digest,
@@ -146,8 +146,7 @@ def lesson(
 
     if cache == "off" or attention or (temperatures and top_k is None):
         return Lesson(Taught(windows, None, tasks), kept, pairs, asked(), None)
-    folder = default_folder() if cache == "auto" else Path(cache).expanduser()
-    found = open_cache(folder, source.identity, windows, kept, lambda: asked().said, context.progress)
+    found = open_cache(cache_folder(cache), source.identity, windows, kept, lambda: asked().said, context.progress)
     return Lesson(Taught(windows, found, tasks), kept, pairs, asked() if on_policy else None, found)
 
 

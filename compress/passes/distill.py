@@ -15,7 +15,6 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -315,6 +314,7 @@ class Distill(Pass):
     def _texts(self, model: ModelHandle, source: TeacherSource, context: Context) -> tuple[Windows, Tensor | None]:
         """The windows to train on, no more than are needed, and the task of each (None: there is one)."""
         from compress.answers import answer_windows, answers_of, refuse_measured
+        from compress.teacher_cache import cache_folder
 
         if self.answers is None:
             assert context.training is not None
@@ -323,7 +323,7 @@ class Distill(Pass):
         if context.tokenizer is None:
             raise StartError("distill: answers are texts, and need a tokenizer: give tokenizer=...")
         rationale = next((loss.rationale for loss in self.losses or [] if loss.rationale is not None), None)
-        kept = self._cache_folder()
+        kept = cache_folder(self.cache)
         path, lines = answers_of(source, self.answers, rationale is not None, kept, context.seed, context.progress)
         refuse_measured(lines, context.tasks)
         return answer_windows(lines, context.tokenizer, rationale, model.context_length, str(path))
@@ -331,23 +331,18 @@ class Distill(Pass):
     def _with_written(self, given: Windows, model: ModelHandle, source: TeacherSource, context: Context) -> Windows:
         """The windows, and those that the teacher writes, kept beside what it says of them; no more than are seen."""
         from compress.self_text import with_written
+        from compress.teacher_cache import cache_folder
         from compress.teaching import width_of
 
         if not self.generated:
             return given
         stage = None if context.stage is None else context.stage.folder
-        folder = stage if self.cache == "off" else self._cache_folder()
+        folder = stage if self.cache == "off" else cache_folder(self.cache)
         return with_written(
             given, lambda: source.model, self.generated, context, self.name, folder=folder,
             identity={} if folder is None else source.identity, most=self._steps(given) * self.batch_size,
             vocabulary=min(width_of(model.config), width_of(source.config)),
         )  # fmt: skip
-
-    def _cache_folder(self) -> Path:
-        """Where what the teacher says is kept for other runs."""
-        from compress.teacher_cache import default_folder
-
-        return default_folder() if self.cache in ("auto", "off") else Path(self.cache).expanduser()
 
     def _steps(self, windows: Windows) -> int:
         return self.steps or max(1, self.tokens // (self.batch_size * windows.length))
