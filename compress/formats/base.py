@@ -177,21 +177,27 @@ def foreign(name: str, specs: Mapping[str, QuantSpec]) -> str | None:
     return None
 
 
-def with_super_blocks(specs: Mapping[str, QuantSpec]) -> str | None:
-    """The grid of the first layer that has super-blocks, or None."""
-    return next((spec.grid for spec in specs.values() if spec.super_block is not None), None)
+def grid_of_its_own(specs: Mapping[str, QuantSpec]) -> str | None:
+    """The grid of the first layer that has super-blocks or lies on a trellis, or None: formats of plain integers with a
+    scale for each group do not hold it."""
+    return next((spec.grid for spec in specs.values() if spec.super_block is not None or spec.trellis), None)
 
 
-def super_blocks_in_words(name: str, grid: str) -> str | None:
-    """Why the format `name` cannot hold layers on this grid, if it is one with super-blocks; or None."""
-    from compress.maths.named_grids import SUPER_BLOCKS
+def own_grid_in_words(name: str, grid: str) -> str | None:
+    """Why the format `name`, of plain integers, cannot hold layers on this grid, if it is one of its own; or None."""
+    from compress.maths.named_grids import SUPER_BLOCKS, TRELLIS
 
+    instead = f"{name} holds what is rounded with bits, group_size and symmetric in the grid's place."
+    if grid == TRELLIS:
+        return (
+            f"{name} holds codes that each stand for a number, and on grid trellis they do so with their neighbours: "
+            f"model/ has the rounded weights unpacked and exports/packed has them packed; {instead}"
+        )
     if grid not in SUPER_BLOCKS:
         return None
     return (
         f"{name} holds a scale for each group, and no super-blocks, which grid {grid} has: export gguf holds them, and "
-        f"model/ has the rounded weights unpacked; {name} holds what is rounded with bits, group_size and symmetric in "
-        "the grid's place."
+        f"model/ has the rounded weights unpacked; {instead}"
     )
 
 

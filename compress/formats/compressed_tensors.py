@@ -25,7 +25,7 @@ from torch import nn
 
 from compress.checkpoint import TensorSpec, write_checkpoint
 from compress.errors import StartError
-from compress.formats.base import Contents, Format, foreign, of_kind, super_blocks_in_words, with_super_blocks
+from compress.formats.base import Contents, Format, foreign, grid_of_its_own, of_kind, own_grid_in_words
 from compress.formats.dense import expanded
 from compress.formats.folder import write_ordinary_files
 from compress.maths.grid import QuantSpec
@@ -47,8 +47,8 @@ class CompressedTensors(Format):
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
         if reason := foreign(self.name, specs):
             return reason
-        if on_blocks := with_super_blocks(specs):
-            return self.refuses_grid(on_blocks)
+        if own := grid_of_its_own(specs):
+            return self.refuses_grid(own)
         conv1d = of_kind("Conv1D", kinds, specs)
         if conv1d:
             return (
@@ -72,7 +72,7 @@ class CompressedTensors(Format):
         return None
 
     def refuses_grid(self, grid: str) -> str | None:
-        return super_blocks_in_words(self.name, grid)
+        return own_grid_in_words(self.name, grid)
 
     def stored(self, contents: Contents) -> Sequence[TensorSpec]:
         return expanded(contents, _left(contents))[0]

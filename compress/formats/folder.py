@@ -14,7 +14,8 @@ from typing import Any
 
 from compress.checkpoint import atomic_write_text, disk_errors, sync_folder
 from compress.errors import StartError
-from compress.formats.base import Contents, Format, of_kind, with_super_blocks
+from compress.formats.base import Contents, Format, grid_of_its_own, of_kind
+from compress.maths.named_grids import TRELLIS
 from compress.nn.bnb_linear import BnbSpec
 
 HISTORY = "compress.json"
@@ -55,7 +56,7 @@ def default_format(contents: Contents) -> str:
         return "dense"
     if any(isinstance(spec, BnbSpec) for spec in contents.quantization.values()):
         return "bitsandbytes"
-    unpackable = with_super_blocks(contents.quantization) or of_kind("Conv1D", contents.kinds, contents.quantization)
+    unpackable = grid_of_its_own(contents.quantization) or of_kind("Conv1D", contents.kinds, contents.quantization)
     return "dense" if unpackable else "compressed-tensors"
 
 
@@ -73,7 +74,12 @@ def packed_export_note(contents: Contents) -> str | None:
             f"transformers cannot read {left[0]} packed beside these grids: model/ has it rounded, but unpacked; "
             "exports/packed has it packed, and compress.load runs from that."
         )
-    if grid := with_super_blocks(contents.quantization):
+    if (grid := grid_of_its_own(contents.quantization)) == TRELLIS:
+        return (
+            "No folder for transformers holds codes along a trellis packed: model/ has the rounded weights unpacked, "
+            "exports/packed has them packed, and compress.load runs from those."
+        )
+    if grid:
         return (
             f"No folder for transformers holds the super-blocks of grid {grid} packed: model/ has the rounded weights "
             "unpacked, exports/packed has them packed, and export gguf is what they are made for."

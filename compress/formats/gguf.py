@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import TensorSpec
-from compress.formats.base import Contents, Format, foreign
+from compress.formats.base import Contents, Format, foreign, grid_of_its_own, own_grid_in_words
 from compress.formats.gguf_blocks import block_kind, grids_in_words, pack_blocks, pack_super_blocks, row_bytes
 from compress.formats.gguf_families import (
     FAMILIES,
@@ -32,6 +32,7 @@ from compress.formats.gguf_families import (
 )
 from compress.formats.gguf_tokenizer import PROBE_TEXT, add_tokenizer, refuses_tokenizer
 from compress.maths.grid import QuantSpec
+from compress.maths.named_grids import TRELLIS
 from compress.nn.quant_embedding import packed_like
 from compress.nn.quant_linear import QuantLinear, packed_tensors
 
@@ -77,7 +78,11 @@ class GGUF(Format):
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
         if dtype not in _DENSE:
             return f"gguf holds float32, float16 and bfloat16, and the model is in {str(dtype).removeprefix('torch.')}."
-        return foreign(self.name, specs)
+        own = grid_of_its_own(specs)
+        return foreign(self.name, specs) or (self.refuses_grid(own) if own else None)
+
+    def refuses_grid(self, grid: str) -> str | None:
+        return own_grid_in_words(self.name, grid) if grid == TRELLIS else None
 
     def refuses_model(self, contents: Contents) -> str | None:
         if find_spec("gguf") is None:

@@ -48,11 +48,11 @@ def block_kind(spec: QuantSpec, columns: int) -> str | None:
     """
     if spec.super_block is not None:
         return spec.super_block.kind if columns % SUPER_COLUMNS == 0 else None
-    if isinstance(spec, BnbSpec) or spec.stored != "packed" or columns % BLOCK:
+    if isinstance(spec, BnbSpec) or spec.trellis or spec.stored != "packed" or columns % BLOCK:
         return None
     if spec.columns_per_group(columns) % BLOCK:
         return None
-    made_for_it = spec.grid is not None or (spec.symmetric and spec.scale_dtype == "float16")
+    made_for_it = spec.of_blocks or (spec.symmetric and spec.scale_dtype == "float16")
     return _KINDS.get((spec.bits, spec.symmetric)) if made_for_it else None
 
 

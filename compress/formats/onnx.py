@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.checkpoint import TensorSpec, atomic_write_text
 from compress.errors import StartError
-from compress.formats.base import Contents, Format, foreign, super_blocks_in_words, with_super_blocks
+from compress.formats.base import Contents, Format, foreign, grid_of_its_own, own_grid_in_words
 from compress.formats.folder import write_record, write_tokenizer
 from compress.formats.onnx_blocks import ACCURACY_LEVEL, blocks, held_shape, packed_zeros, refuses_grid, repeated
 from compress.maths.grid import QuantSpec
@@ -47,12 +47,12 @@ class Onnx(Format):
     def refuses(self, dtype: torch.dtype, kinds: Mapping[str, str], specs: Mapping[str, QuantSpec]) -> str | None:
         if reason := foreign(self.name, specs):
             return reason
-        if on_blocks := with_super_blocks(specs):
-            return self.refuses_grid(on_blocks)
+        if own := grid_of_its_own(specs):
+            return self.refuses_grid(own)
         return next((reason for name, spec in specs.items() if (reason := refuses_grid(spec, name))), None)
 
     def refuses_grid(self, grid: str) -> str | None:
-        return super_blocks_in_words(self.name, grid)
+        return own_grid_in_words(self.name, grid)
 
     def refuses_model(self, contents: Contents) -> str | None:
         if any(find_spec(package) is None for package in PACKAGES):

@@ -16,15 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.maths import trellis
 from compress.maths.grid import QuantSpec, find_params
 from compress.maths.hessian import triangular_root
 
 # Columns whose corrections are summed one by one. More: longer sums at each column; fewer: more products between them.
 SHORT = 16
+# Columns whose paths through a trellis are found together.
+STRETCH = 64
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def round_columns(
     columns = weight.shape[1]
     size, together = spec.columns_per_group(columns), spec.columns_together(columns)
     target = weight.t().contiguous().index_select(0, factor.order).to(factor.upper.dtype)
-    sweep = _Rounding(target, factor, spec, size, block_size, target == 0 if keep_zeros else None, importance)
+    kind = _OnTrellis if spec.trellis else _Rounding
+    sweep = kind(target, factor, spec, size, block_size, target == 0 if keep_zeros else None, importance)
     if grid is not None:
         sweep.set_grid(*grid)
     lost, moved = sweep.run(together if grid is None else 0)
@@ -115,6 +120,7 @@ class Sweep:
 
     def __init__(self, target: Tensor, factor: Factor, block_size: int):
         self.target, self.work, self.factor, self.block_size = target, target.clone(), factor, block_size
+        self.short = SHORT
         columns, rows = target.shape
         self.current, self.change = (target.new_empty(min(block_size, columns), rows) for _ in range(2))
 
@@ -128,7 +134,7 @@ class Sweep:
         lost, moved = self.target.new_zeros(rows), self.target.new_zeros(rows)
         for start, end in _cuts(0, columns, self.block_size, whole):
             self.begin(start, end)
-            for first, last in _cuts(start, end, SHORT, whole, at_groups=True):
+            for first, last in _cuts(start, end, self.short, whole, at_groups=True):
                 if whole and first % whole == 0:
                     self.enter(start, first)
                 self._settle(start, first, last)
@@ -244,3 +250,24 @@ class _Rounding(Sweep):
 
     def finish(self, start: int, end: int) -> None:
         self.all_codes[self.factor.order[start:end]] = self.codes[: end - start].to(torch.int8)
+
+
+class _OnTrellis(_Rounding):
+    """Columns are put on a trellis, `STRETCH` at a time: within a stretch each path carries its own corrections."""
+
+    def __init__(self, target: Tensor, factor: Factor, *rest: Any):
+        super().__init__(target, factor, *rest)
+        self.short = STRETCH
+        self.nodes = torch.zeros(target.shape[1], dtype=torch.int32, device=target.device)
+
+    def _settle(self, start: int, first: int, last: int) -> None:
+        place = slice(first - start, last - start)
+        scale = self.scales[[self.group_of[column] for column in range(first, last)]]
+        upper, pivots = self.factor.upper[first:last, first:last], self.factor.pivots[first:last]
+        target = self.target[first:last]
+        work = self.work[first:last]
+        codes, values = trellis.settle(work.t(), target.t(), scale.t(), upper, pivots, self.spec.bits, self.nodes)
+        self.codes[place] = codes.t()
+        change = torch.addcmul(target, values.t().to(target.dtype), scale, value=-1, out=self.change[place])
+        # as it was when its turn came: with the corrections of the columns before it in the stretch
+        self.current[place] = work + upper.triu(1).t() @ change

@@ -5,9 +5,9 @@ when asymmetric, one zero point. Codes are signed integers `-2**(bits-1) .. 2**(
 
     weight  ~  (code - zero) * scale
 
-This is the convention of the compressed-tensors format, so that what is computed here is what a checkpoint holds. A
-scale is rounded to the dtype it is stored in *before* codes are chosen: the codes then fit the scale that a reader
-will see.
+This is the convention of the compressed-tensors format, so that what is computed here is what a checkpoint holds. On
+the grid "trellis" what a code stands for depends on the codes before it (`maths/trellis.py`). A scale is rounded to the
+dtype it is stored in *before* codes are chosen: the codes then fit the scale that a reader will see.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError, StartError
-from compress.maths.named_grids import NAMED_GRIDS, SHORT_BITS, SUPER_BLOCKS, SUPER_COLUMNS, SuperBlock
+from compress.maths import trellis
+from compress.maths.named_grids import NAMED_GRIDS, SHORT_BITS, SUPER_BLOCKS, SUPER_COLUMNS, TRELLIS, SuperBlock
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -43,7 +44,8 @@ class QuantSpec:
     stored: a key of `STORED_DTYPES`; "float8" codes are numbers of 4 exponent and 3 fraction bits instead of integers.
     activations: the layer's inputs are rounded as well, to the type of the codes, with a scale for each token that is
     found when the token comes ("dynamic"). See `compress.maths.activations`.
-    grid: a key of `NAMED_GRIDS`: bits, group size and symmetry are its own, and its scales what its blocks can hold.
+    grid: a key of `NAMED_GRIDS`: bits, group size and symmetry are its own, and its scales what its blocks can hold; or
+    "trellis": codes of 2 to 4 bits along a trellis.
     """
 
     bits: int
@@ -55,9 +57,12 @@ class QuantSpec:
     grid: str | None = None
 
     def __post_init__(self) -> None:
-        if self.grid is not None:
+        if self.trellis:
+            if self.bits not in trellis.BITS or not self.symmetric or self.stored != "packed":
+                raise StartError(f"grid {TRELLIS} is for symmetric grids of {', '.join(map(str, trellis.BITS))} bits")
+        elif self.grid is not None:
             if self.grid not in NAMED_GRIDS:
-                raise StartError(f"grid is {self.grid!r}: one of {', '.join(NAMED_GRIDS)} can be used")
+                raise StartError(f"grid is {self.grid!r}: one of {', '.join((*NAMED_GRIDS, TRELLIS))} can be used")
             own = NAMED_GRIDS[self.grid]
             if any(getattr(self, name) != value for name, value in own.items()) or self.stored != "packed":
                 words = ", ".join(f"{name} {value}" for name, value in own.items())
@@ -93,6 +98,16 @@ class QuantSpec:
         return float(torch.finfo(torch.float8_e4m3fn).max) if self.stored == "float8" else float(2**self.bits - 1) / 2
 
     @property
+    def trellis(self) -> bool:
+        """Whether a code's meaning depends on the codes before it in its row."""
+        return self.grid == TRELLIS
+
+    @property
+    def of_blocks(self) -> bool:
+        """Whether it is the grid of another program's blocks."""
+        return self.grid in NAMED_GRIDS
+
+    @property
     def super_block(self) -> SuperBlock | None:
         """Of a grid with super-blocks: what they hold."""
         return SUPER_BLOCKS.get(self.grid) if self.grid is not None else None
@@ -123,7 +138,7 @@ class QuantSpec:
                 f"32 ({', '.join(name for name in NAMED_GRIDS if name not in SUPER_BLOCKS)})"
             )
         if columns % self.group_size:
-            if self.grid is not None:
+            if self.of_blocks:
                 raise StartError(
                     f"grid {self.grid} has blocks of {self.group_size}, which do not divide the {columns} columns of "
                     "the layer: name the layer in `skip`, and it stays as it is"
@@ -185,10 +200,11 @@ def find_params(
     `[groups, size, size]`, the blocks on a Hessian's diagonal, it is `(w - rounded) H (w - rounded)^T`: what the group
     by itself changes of the layer's output. A symmetric grid has one code more below zero than above; the search may
     turn it round, and the scale of such a group is negative. On a grid with minima, these stand in the zero points'
-    place, in float32.
+    place, in float32; on a trellis, the scale is fitted to what rounding makes of the whole row.
 
-    A group of zeros gets scale 1 and zero 0. A scale too small for its dtype becomes the smallest number that it
-    holds; one too large, or a weight that is not finite, is a CompressError. Groups that do not divide: StartError.
+    A group of zeros gets scale 1 and zero 0; on a trellis, which has no zero, the smallest scale. A scale too small for
+    its dtype becomes the smallest number that it holds; one too large, or a weight that is not finite, is a
+    CompressError. Groups that do not divide: StartError.
     """
     rows, columns = weight.shape
     size = spec.columns_per_group(columns)
@@ -206,6 +222,9 @@ def find_params(
             if zero is not None and minimum is not None:
                 zero[part] = minimum
             continue
+        if spec.trellis:
+            scale[part] = storable(trellis.find_scales(grouped, spec.bits, search, importance), spec)
+            continue
         low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
         found = _search(grouped, low, high, spec, importance) if search else _cover(low, high, spec)
         scale[part] = found[0].to(spec.torch_scale_dtype)
@@ -216,7 +235,7 @@ def find_params(
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
     """Codes `[out, in]`, int8, or float8_e4m3fn for a grid of those: the nearest point of each weight's grid (halves go
-    to the even one)."""
+    to the even one), or the row's cheapest path on a trellis."""
     rows, columns = weight.shape
     size = spec.columns_per_group(columns)
     code_dtype = torch.float8_e4m3fn if spec.stored == "float8" else torch.int8
@@ -230,8 +249,10 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
-    """Weight `[out, in]` of `dtype`: `(code - zero) * scale`, every step in `dtype`, as compressed-tensors does it."""
-    grouped = codes.unflatten(1, (-1, spec.columns_per_group(codes.shape[1]))).to(dtype)
+    """Weight `[out, in]` of `dtype`: `(code - zero) * scale`, every step in `dtype`, as compressed-tensors does it. The
+    rows are whole: on a trellis, a code's number is that of its window."""
+    numbers = trellis.values(codes, spec.bits) if spec.trellis else codes
+    grouped = numbers.unflatten(1, (-1, spec.columns_per_group(codes.shape[1]))).to(dtype)
     if spec.minima and zero is not None:
         grouped = grouped.sub_(spec.qmin).mul_(scale.to(dtype).unsqueeze(2))
         return grouped.sub_(zero.to(dtype).unsqueeze(2)).flatten(1)
@@ -242,25 +263,25 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpe
 
 def storable(scale: Tensor, spec: QuantSpec) -> Tensor:
     """The scale as its dtype will hold it (same dtype as given); see `find_params` for the ends of the range."""
-    limits = torch.finfo(torch.float16 if spec.grid else spec.torch_scale_dtype)
-    largest = limits.max if spec.grid is None or spec.symmetric else limits.max / 2**spec.bits
+    limits = torch.finfo(torch.float16 if spec.of_blocks else spec.torch_scale_dtype)
+    largest = limits.max if not spec.of_blocks or spec.symmetric else limits.max / 2**spec.bits
     if not bool((scale <= largest).all()):
         if not bool(scale.isfinite().all()):
             raise CompressError("the weight holds NaN or infinite values")
         raise CompressError(
-            f"a scale of {float(scale.max()):.4g} does not fit {spec.grid or spec.scale_dtype}, which ends at "
-            f"{largest:.4g}: the weight holds values too large to be stored so"
-            + ("" if spec.grid else "; load the model in bfloat16")
+            f"a scale of {float(scale.max()):.4g} does not fit {spec.grid if spec.of_blocks else spec.scale_dtype}, "
+            f"which ends at {largest:.4g}: the weight holds values too large to be stored so"
+            + ("" if spec.of_blocks else "; load the model in bfloat16")
         )
     # float16 is used down to its smallest subnormal: an 8-bit grid for weights below 0.008 lies there already.
     smallest = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)
     kept = scale.clamp(min=smallest)
-    if spec.grid is not None and not spec.symmetric and not spec.minima:
+    if spec.of_blocks and not spec.symmetric and not spec.minima:
         fraction, exponent = torch.frexp(kept)
         kept = torch.ldexp((fraction * 2**SHORT_BITS).round_().div_(2**SHORT_BITS), exponent)
     kept = kept.to(spec.torch_scale_dtype)
     # What float16 makes of a bfloat16 number is one again: where it holds fewer bits, they are fewer than bfloat16's 8.
-    return (kept if spec.grid is None else kept.to(torch.float16)).to(scale.dtype)
+    return (kept.to(torch.float16) if spec.of_blocks else kept).to(scale.dtype)
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -284,6 +305,9 @@ def round_groups(grouped: Tensor, scale: Tensor, zero: Tensor | None, spec: Quan
     if spec.stored == "float8":
         largest = spec.half_range
         return (grouped / scale.unsqueeze(2)).clamp_(-largest, largest).to(torch.float8_e4m3fn).to(grouped.dtype)
+    if spec.trellis:
+        codes = trellis.round_rows((grouped / scale.unsqueeze(2)).flatten(1), spec.bits)[0]
+        return codes.view(grouped.shape).to(grouped.dtype)
     if spec.minima and zero is not None:
         codes = (grouped + zero.unsqueeze(2)).div_(scale.unsqueeze(2)).round_().add_(spec.qmin)
         return codes.clamp_(spec.qmin, spec.qmax)

@@ -1,4 +1,4 @@
-"""The grids of other programs' blocks: what they are in the words of a `QuantSpec`, and what super-blocks hold."""
+"""Grids that have a name: those of other programs' blocks, in the words of a `QuantSpec`, and our own trellis."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ NAMED_GRIDS: dict[str, dict[str, Any]] = {
     "gguf-q8_0": {"bits": 8, "group_size": 32, "symmetric": True},
 }
 SHORT_BITS = 7
+
+#: Codes that stand for numbers along a trellis (`maths/trellis.py`): symmetric, with groups of any size.
+TRELLIS = "trellis"
 
 #: Weights of a super-block.
 SUPER_COLUMNS = 256

@@ -39,7 +39,14 @@ _FUNCTIONS = {
     "compress_step": (_ADDRESS, _ADDRESS),
     "compress_round_tokens": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _INT, _INT),
     "compress_scale_sums": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT),
-}
+    "compress_trellis_round": (
+        _ADDRESS, _ADDRESS, _COUNT, _COUNT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT,
+    ),
+    "compress_trellis_settle": (
+        _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _COUNT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS,
+        _INT, _INT,
+    ),
+}  # fmt: skip
 
 
 class _Layer(ctypes.Structure):
@@ -93,6 +100,8 @@ def why_not(layer: QuantLinear) -> str | None:
         return "it is for weights in packed codes of 2, 3, 4 or 8 bits, and inputs that are not rounded"
     if layer.spec.super_block is not None:
         return f"grid {layer.spec.grid} is for llama.cpp"
+    if layer.spec.trellis:
+        return "codes along a trellis are expanded by torch"
     if layer.in_features % STEP or layer.in_features // layer.weight_scale.shape[1] % STEP:
         return f"columns and groups must be multiples of {STEP}"
     return None

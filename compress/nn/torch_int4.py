@@ -38,7 +38,7 @@ def why_not(layer: QuantLinear) -> str | None:
     spec = layer.spec
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return "this torch has no product with 4-bit codes"
-    if spec.stored != "packed" or spec.bits != 4 or not spec.symmetric or spec.activations:
+    if spec.stored != "packed" or spec.bits != 4 or not spec.symmetric or spec.activations or spec.trellis:
         return "torch's product is for 4 bits on symmetric grids, and inputs that are not rounded"
     if layer.weight_scale.dtype != torch.bfloat16:
         return f"torch's product has scales in bfloat16, and these are {spec.scale_dtype}"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.maths import packing
-from compress.maths.grid import QuantSpec, storable
+from compress.maths import packing, trellis
+from compress.maths.grid import QuantSpec, quantize, storable
 from compress.maths.super_blocks import spread
 from compress.nn.quant_linear import MULTIPLES, QuantLinear
 
@@ -91,9 +91,12 @@ class _TrainedGrid(nn.Module):  # type: ignore[misc]
         return spread(scale, self.multiples), None if zero is None else spread(zero, self.minimum_multiples)
 
     def units(self) -> tuple[float, float, float]:
-        """What learning rates are counted in: the mean scale of the groups, for weights; for `scale` and for `zero`
-        the mean of their own (a zero point is counted in steps)."""
+        """What learning rates are counted in: for weights the mean scale of the groups, which is a step of the grid (on
+        a trellis a scale is a standard deviation, and a step as much less as there are codes); for `scale` and for
+        `zero` the mean of their own (a zero point is counted in steps)."""
         scale, size = self.grid()[0].detach().abs().mean(), self.scale.detach().abs().mean()
+        if self.spec.trellis:
+            scale = scale * (4 / 2**self.spec.bits)
         low = float(self.zero.detach().abs().mean()) if self.zero is not None and self.spec.minima else 1.0
         return float(scale), float(size), low
 
@@ -116,8 +119,10 @@ class ScaleTrained(_TrainedGrid):
         self.register_buffer("weight_packed", layer.weight_packed)
 
     def offset_codes(self, zero: Tensor | None) -> Tensor:
-        """codes - zero, or codes from 0 on where there are minima; float32 [out, G, group]."""
+        """codes - zero, or codes from 0 on where there are minima, or the numbers that codes on a trellis stand for;
+        float32 [out, G, group]."""
         codes = packing.unpack(self.weight_packed, self.spec.bits, self.in_features)
+        codes = trellis.values(codes, self.spec.bits) if self.spec.trellis else codes
         offset = codes.unflatten(1, (self.spec.groups(self.in_features), -1)).float()
         if self.spec.minima:
             return offset.sub_(self.spec.qmin)
@@ -140,14 +145,15 @@ class _Rounded(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
         ctx.spec = spec
-        ctx.save_for_backward(weight, scale, zero)
         _, offset, _ = _on_grid(weight, scale, zero, spec)
+        # A row on a trellis is dear to round: what came of it is kept, exactly, in 16 bits
+        ctx.save_for_backward(weight, scale, zero, offset.half() if spec.trellis else None)
         return _weight(offset, scale, zero, spec)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        weight, scale, zero = ctx.saved_tensors
-        steps, offset, inside = _on_grid(weight, scale, zero, ctx.spec)
+        weight, scale, zero, kept = ctx.saved_tensors
+        steps, offset, inside = _on_grid(weight, scale, zero, ctx.spec, kept)
         gradient = upstream[0].float().view_as(offset)
         to_scale = (gradient * torch.where(inside, offset - steps, offset)).sum(2)
         to_zero = None if zero is None else (gradient * ~inside).sum(2) * _slope(scale, ctx.spec)
@@ -180,6 +186,8 @@ class WeightTrained(_TrainedGrid):
     def packed(self) -> QuantLinear:
         """The layer as trained: the weight rounded to the scale as it is stored."""
         scale, zero = self.stored_grid()
+        if self.spec.trellis:
+            return self.repacked(quantize(self.weight.detach(), scale, zero, self.spec))
         _, offset, _ = _on_grid(self.weight.detach(), scale, zero, self.spec)
         if self.spec.minima:
             offset += self.spec.qmin
@@ -197,9 +205,16 @@ def storable_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     return storable(scale.abs(), spec) * sign
 
 
-def _on_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _on_grid(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """weight / scale, the nearest code less the zero point, and whether the grid reaches that far; [out, G, group].
-    With minima: (weight + minimum) / scale, and codes from 0 on."""
+    With minima: (weight + minimum) / scale, and codes from 0 on. On a trellis: the numbers that the row's codes stand
+    for, `kept` if they are at hand."""
+    if spec.trellis:
+        steps = weight.view(*scale.shape, -1) / scale.unsqueeze(2)
+        numbers = trellis.round_rows(steps.flatten(1), spec.bits)[1] if kept is None else kept.float()
+        return steps, numbers.view_as(steps), torch.ones_like(steps, dtype=torch.bool)
     if spec.minima and zero is not None:
         steps = (weight.view(*scale.shape, -1) + zero.unsqueeze(2)) / scale.unsqueeze(2)
         nearest, last = steps.round(), 2 * spec.half_range

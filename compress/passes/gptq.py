@@ -29,7 +29,7 @@ from compress.errors import CompressError
 from compress.maths.feedback import Factor, factorise, round_columns
 from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params
 from compress.maths.hessian import NotPositiveDefinite, mean_diagonal, quadratic_form
-from compress.maths.named_grids import SUPER_BLOCKS, SUPER_COLUMNS
+from compress.maths.named_grids import SUPER_BLOCKS, SUPER_COLUMNS, TRELLIS
 from compress.passes.base import LayerShape
 from compress.passes.hessians import Inputs, hessian_bytes, observed_stages, observing_bytes
 from compress.passes.rounding import RoundingPass
@@ -90,7 +90,7 @@ def gptq(
     stored. Otherwise left to right, a group's grid found from its corrected weights when its first column is reached.
     search: as in `find_params`, weighed by the Hessian's diagonal, or on a grid with super-blocks by the pivots of its
     factor, which are what an error costs when the columns after it have made up for it. keep_zeros: weights that are
-    exactly 0 stay so.
+    exactly 0 stay so. On a trellis the order is from left to right, and grids are fixed beforehand.
     block_size: columns corrected together by one matrix product; it changes the speed, not the result.
     factor: what `factorise` made of the same Hessian, act_order and damping, if it is at hand.
 
@@ -106,7 +106,8 @@ def gptq(
     if bool(dead.any()):
         weight = weight.masked_fill(dead, 0.0)
     importance = _importance(hessian, factor, spec) if search else None
-    grid = find_params(weight, spec, search, importance) if act_order or spec.group_size == -1 else None
+    fixed = act_order or spec.trellis or spec.group_size == -1
+    grid = find_params(weight, spec, search, importance) if fixed else None
     size = quadratic_form(weight, hessian)
     codes, scale, zero, lost, moved = round_columns(weight, factor, spec, grid, importance, block_size, keep_zeros)
     if factor.carry is None:
@@ -139,11 +140,13 @@ class GPTQ(RoundingPass):
 
     name: ClassVar[str] = "gptq"
     needs_calibration: ClassVar[bool] = True
+    rounds_rows: ClassVar[bool] = True
 
     act_order: bool = Field(
         default=True,
         description="Round the columns with the largest inputs first. The file's layout stays the plain one. On "
-        "grid gguf-q2_k it is false where nothing is said: scales found on the way are worth more there.",
+        "grid gguf-q2_k it is false where nothing is said: scales found on the way are worth more there; on a trellis "
+        "rows are rounded from left to right.",
     )
     damping: float = Field(
         default=0.01,
@@ -170,8 +173,12 @@ class GPTQ(RoundingPass):
 
     @model_validator(mode="after")
     def _order(self) -> Self:
-        if self.grid == "gguf-q2_k" and "act_order" not in self.model_fields_set:
+        if self.grid in ("gguf-q2_k", TRELLIS) and "act_order" not in self.model_fields_set:
             self.__dict__["act_order"] = False  # the object is frozen once it is made; this is its making
+        if self.grid == TRELLIS and self.act_order:
+            raise ValueError("act_order is true, and on grid trellis rows are rounded from left to right: leave it out")
+        if self.grid == TRELLIS and self.propagation != "none":
+            raise ValueError(f"propagation is {self.propagation}, which gptq cannot do on grid trellis: leave it out")
         return self
 
     @property

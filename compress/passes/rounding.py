@@ -9,8 +9,9 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, mo
 
 from compress.budget import VARIANTS_AT_ONCE, BitBudget, choose_bits, costs_of, limits_of, measuring_bytes
 from compress.errors import StartError
+from compress.maths import trellis
 from compress.maths.grid import QuantSpec, named_spec, spec_for
-from compress.maths.named_grids import NAMED_GRIDS, SUPER_BLOCKS
+from compress.maths.named_grids import NAMED_GRIDS, SUPER_BLOCKS, TRELLIS
 from compress.passes.base import BlockPass, Context, LayerShape, PassResult
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ Bits = Annotated[
 
 
 Grid = Literal[
-    "gguf-q2_k", "gguf-q3_k", "gguf-q4_0", "gguf-q4_1", "gguf-q4_k", "gguf-q5_k", "gguf-q6_k", "gguf-q8_0"
+    "gguf-q2_k", "gguf-q3_k", "gguf-q4_0", "gguf-q4_1", "gguf-q4_k", "gguf-q5_k", "gguf-q6_k", "gguf-q8_0", "trellis"
 ]  # fmt: skip
 
 
@@ -41,6 +42,8 @@ class RoundingPass(BlockPass):
 
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     leaves: ClassVar[str] = "quantized"
+    #: Whether the method can round a row as a whole, as the grid "trellis" needs it.
+    rounds_rows: ClassVar[bool] = False
 
     bits: Bits = Field(
         default=4,
@@ -61,7 +64,9 @@ class RoundingPass(BlockPass):
         default=None,
         description="A grid of another program's blocks, so that `export: [gguf]` holds what is rounded here as it is. "
         "It stands for bits, group_size and symmetric: leave those out. Those of k-quants (`_k`) need rows of a "
-        "multiple of 256 weights, run packed in llama.cpp alone, and leave model/ unpacked.",
+        "multiple of 256 weights, run packed in llama.cpp alone, and leave model/ unpacked. Or trellis: codes of 2, 3 "
+        "or 4 bits whose meaning depends on their neighbours, a third less error for the same bytes (passes rtn and "
+        "gptq); it runs packed with compress.load alone, and leaves model/ unpacked.",
     )
 
     embeddings: Literal[8, 4] | None = Field(
@@ -87,6 +92,8 @@ class RoundingPass(BlockPass):
 
     @model_validator(mode="after")
     def _named_grid(self) -> Self:
+        if self.grid == TRELLIS:
+            return self._on_trellis()
         for option, value in NAMED_GRIDS[self.grid].items() if self.grid is not None else ():
             given = getattr(self, option)
             if option in self.model_fields_set and given != value:
@@ -94,6 +101,18 @@ class RoundingPass(BlockPass):
             self.__dict__[option] = value  # the object is frozen once it is made; this is its making
         if self.grid is None and self.bits in (5, 6):
             raise ValueError(f"bits is {self.bits}: use 2, 3, 4 or 8, or grid gguf-q{self.bits}_k")
+        return self
+
+    def _on_trellis(self) -> Self:
+        """Refuses what a trellis cannot hold."""
+        choices = self.bits.choices if isinstance(self.bits, BitBudget) else (self.bits,)
+        wide = [bits for bits in choices if bits not in trellis.BITS]
+        if not self.rounds_rows:
+            raise ValueError(f"grid is trellis, on which {self.name} cannot round: use gptq or rtn")
+        if not self.symmetric:
+            raise ValueError("symmetric is false, and grid trellis has no zero points: leave it out")
+        if wide and (not isinstance(self.bits, BitBudget) or wide != [8]):
+            raise ValueError(f"bits is {wide[0]}, and grid trellis is for {', '.join(map(str, trellis.BITS))} bits")
         return self
 
     @field_validator("group_size")
@@ -104,9 +123,9 @@ class RoundingPass(BlockPass):
         raise ValueError(f"group_size is {value}: use a size of at least 1, or -1 for one scale per channel")
 
     def taken(self) -> frozenset[str]:
-        """Where groups have a minimum, none of their codes need be 0: zeros would not stay."""
+        """Where groups have a minimum, or on a trellis, there need not be a code for 0: zeros would not stay."""
         minima = self.grid in SUPER_BLOCKS and not self.symmetric
-        return self.accepts - {"sparse"} if minima else self.accepts
+        return self.accepts - {"sparse"} if minima or self.grid == TRELLIS else self.accepts
 
     @property
     def takes_calibration(self) -> bool:
@@ -125,8 +144,9 @@ class RoundingPass(BlockPass):
         return self.spec_at(layer.dtype, self._bits_of(f"{layer.block.name}.{layer.name}"))
 
     def spec_at(self, dtype: torch.dtype, bits: int) -> QuantSpec:
-        """The grid of so many bits for layers of this dtype."""
-        return spec_for(dtype, bits, self.group_size, self.symmetric, self.grid)
+        """The grid of so many bits for layers of this dtype. 8 bits, in a budget, are integers on a trellis too."""
+        grid = None if self.grid == TRELLIS and bits not in trellis.BITS else self.grid
+        return spec_for(dtype, bits, self.group_size, self.symmetric, grid)
 
     def _bits_of(self, layer: str) -> int:
         if not isinstance(self.bits, BitBudget):
@@ -190,7 +210,7 @@ class RoundingPass(BlockPass):
 
     def _end(self, model: PreTrainedModel, name: str, bits: int) -> QuantSpec:
         weight = model.get_submodule(name).get_parameter("weight")
-        if self.grid is not None:
+        if self.grid is not None and self.grid != TRELLIS:
             fits = NAMED_GRIDS[self.grid]["bits"] == bits and self.grid not in SUPER_BLOCKS
             spec = named_spec(weight.dtype, self.grid if fits else f"gguf-q{bits}_0")
             spec.columns_per_group(weight.shape[1])

@@ -71,6 +71,7 @@ class RTN(RoundingPass):
 
     name: ClassVar[str] = "rtn"
     needs_calibration: ClassVar[bool] = False
+    rounds_rows: ClassVar[bool] = True
 
     search: bool = Field(
         default=True,
