@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compress.maths.trellis_tables import TABLES, UNIT
 from compress.nn.prepared_layer import PreparedLayer
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class _Layer(ctypes.Structure):
         ("packed", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero", ctypes.c_void_p),
         ("rows", ctypes.c_int64), ("columns", ctypes.c_int64), ("groups", ctypes.c_int64),
         ("row_bytes", ctypes.c_int64), ("bits", ctypes.c_int32), ("scale_kind", ctypes.c_int32),
+        ("table", ctypes.c_void_p), ("unit", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -67,9 +69,17 @@ class Prepared(PreparedLayer):
         self.layer = _Layer(
             self.packed.data_ptr(), self.scale.data_ptr(), None if self.zero is None else self.zero.data_ptr(),
             layer.out_features, layer.in_features, self.scale.shape[1], 4 * self.packed.shape[1], layer.spec.bits,
-            _KINDS[self.scale.dtype],
+            _KINDS[self.scale.dtype], _table(layer.spec.bits).data_ptr() if layer.spec.trellis else None, UNIT,
         )  # fmt: skip
         self.address = ctypes.addressof(self.layer)
+
+
+@cache
+def _table(bits: int) -> Tensor:
+    """What windows along a trellis stand for, as the kernel's `Table` has it: bytes uint8 `[7 * 256]`."""
+    numbers = torch.tensor(TABLES[bits], dtype=torch.int8)
+    halves = numbers.to(torch.bfloat16).view(torch.uint8).view(-1, 2)
+    return torch.cat([numbers.view(torch.uint8), halves[:, 0], halves[:, 1], numbers.float().view(torch.uint8)])
 
 
 @cache
@@ -100,8 +110,6 @@ def why_not(layer: QuantLinear) -> str | None:
         return "it is for weights in packed codes of 2, 3, 4 or 8 bits, and inputs that are not rounded"
     if layer.spec.super_block is not None:
         return f"grid {layer.spec.grid} is for llama.cpp"
-    if layer.spec.trellis:
-        return "codes along a trellis are expanded by torch"
     if layer.in_features % STEP or layer.in_features // layer.weight_scale.shape[1] % STEP:
         return f"columns and groups must be multiples of {STEP}"
     return None

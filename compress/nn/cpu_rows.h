@@ -36,6 +36,7 @@ How how(int32_t at_most, int32_t int8, int32_t kind) {
 // Columns of x that share a step in int8: a group of the weight, or 128 columns of a longer one. 0: the layer is not
 // served in int8 or bfloat16, since 32 bytes of codes do not lie within a group.
 int64_t step_columns(const Layer& w) {
+    if (w.table) return 0;
     const int64_t group = w.columns / w.groups, least = 32 * 8 / w.bits;
     if (w.bits == 3 || group % least || w.row_bytes * 8 != w.columns * w.bits) return 0;
     return group > 128 && group % 128 == 0 ? 128 : group;
@@ -52,7 +53,7 @@ struct Input {
 };
 
 bool same_input(const Layer& a, const Layer& b) {  // whether what is ready for one is ready for the other
-    return a.bits == b.bits && a.groups == b.groups && a.row_bytes == b.row_bytes && !a.zero == !b.zero;
+    return a.bits == b.bits && a.groups == b.groups && a.row_bytes == b.row_bytes && !a.zero == !b.zero && !a.table == !b.table;
 }
 
 // 32 floats, taken in the order of Wide::place.
@@ -137,7 +138,7 @@ void prepare(const Layer& w, const float* x, int64_t many, How how, Input& in) {
         return;
     }
     if (int64_t(in.x.size()) < count) in.x.resize(count);
-    if (how.wide && (w.bits == 4 || w.bits == 2))
+    if (how.wide && !w.table && (w.bits == 4 || w.bits == 2))
         turn_wide(x, count, w.bits, in.x.data());
     else
         std::memcpy(in.x.data(), x, count * 4);
@@ -268,7 +269,7 @@ void rows_int8(const Layer& w, int64_t row, int64_t rows, const Input& in, const
 // Rows [first, last) of W times every row of x: out [many, w.rows], of which it writes those columns. `first` is a
 // multiple of ROWS.
 void multiply_rows(const Layer& w, const Input& in, int64_t first, int64_t last, How how, float* out) {
-    const RowBlock run = w.columns / w.groups % 64 ? row_block<1>(w.bits, how.wide) : row_block<2>(w.bits, how.wide);
+    const RowBlock run = FOR_LAYER(row_block, w, how.wide);
     const int64_t parts = in.int8 ? w.columns / step_columns(w) : 0, needed = ROWS * (w.groups + parts);
     float few[2048];
     std::vector<float> more(needed > 2048 ? needed : 0);
