@@ -181,6 +181,6 @@ Expand expansion(const Layer& w, bool wide) {
          : W.bits == 2 ? NAME<2, 2>(W, __VA_ARGS__) : W.bits == 3 ? NAME<3, 2>(W, __VA_ARGS__)                         \
            : W.bits == 4 ? NAME<4, 2>(W, __VA_ARGS__) : NAME<8, 2>(W, __VA_ARGS__))
 
-#endif
-
 }  // namespace
+
+#endif
