@@ -58,14 +58,14 @@ struct WindowsInt8 {
     using Total = __m512;
     static constexpr int columns = 32 * UNITS, bytes = 4 * BITS * UNITS, middle = 128;
     Bytes table;
-    Windows<BITS> windows;
+    Windows<BITS, UNITS> windows;
     OF(VNNI ",avx512vbmi") explicit WindowsInt8(const Layer& w) : table(w.table->numbers) {
         for (__m512i& part : table.parts) part = _mm512_xor_si512(part, _mm512_set1_epi8(char(128)));
     }
     OF(VNNI) static Sum nothing() { return _mm512_setzero_si512(); }
     OF(VNNI) static Total zeros() { return _mm512_setzero_ps(); }
     OF(VNNI ",avx512vbmi") Sum add(const uint8_t* from, bool start, const X* x, Sum sum) const {
-        const __m512i found = table.at(windows.template at<UNITS>(from, start));
+        const __m512i found = table.at(windows.at(from, start));
         const __m512i by = UNITS == 2 ? _mm512_loadu_si512(x) : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)x));
         return _mm512_dpbusd_epi32(sum, found, by);
     }
@@ -131,10 +131,10 @@ template <int BITS, int UNITS>
 struct WindowsHalves : InHalves {
     static constexpr int columns = 32 * UNITS, bytes = 4 * BITS * UNITS;
     Bytes low, high;
-    Windows<BITS, true> windows;
+    Windows<BITS, UNITS, true> windows;
     OF(HALVES ",avx512vbmi") explicit WindowsHalves(const Layer& w) : low(w.table->low), high(w.table->high) {}
     OF(HALVES ",avx512vbmi") Sum add(const uint8_t* from, bool start, const X* x, Sum sum) const {
-        const __m512i found = windows.template at<UNITS>(from, start);
+        const __m512i found = windows.at(from, start);
         const __m512i less = low.at(found), more = high.at(found);
         sum.a = dot(sum.a, _mm512_unpacklo_epi8(less, more), x);
         if (UNITS == 2) sum.b = dot(sum.b, _mm512_unpackhi_epi8(less, more), x + 32);
@@ -150,22 +150,22 @@ struct WindowsHalves : InHalves {
                                               const float* whole, int64_t share, float* out) {                         \
         const CODES codes(w);                                                                                          \
         const int64_t parts = w.columns / share, units = share / CODES::columns, group = w.columns / w.groups;         \
-        const int64_t ahead = bytes_ahead(ROWS_NOW * w.row_bytes);                                                     \
-        const uint8_t* from = w.packed + row * w.row_bytes;                                                            \
+        const int64_t step = w.row_bytes;                                                                              \
+        const uint8_t *from = w.packed + row * step, *soon = from + bytes_ahead(ROWS_NOW * step);                      \
         const auto* x = (const typename CODES::X*)input;                                                               \
         typename CODES::Total total[ROWS_NOW];                                                                         \
         for (int r = 0; r < ROWS_NOW; r++) total[r] = CODES::zeros();                                                  \
         for (int64_t p = 0; p < parts; p++) {                                                                          \
             typename CODES::Sum sum[ROWS_NOW];                                                                         \
             for (int r = 0; r < ROWS_NOW; r++) sum[r] = CODES::nothing();                                              \
-            for (int64_t u = 0; u < units; u++, from += CODES::bytes, x += CODES::columns)                             \
+            for (int64_t u = 0; u < units; u++, from += CODES::bytes, soon += CODES::bytes, x += CODES::columns)       \
                 _Pragma("GCC unroll 4") for (int r = 0; r < ROWS_NOW; r++) {                                           \
-                    _mm_prefetch((const char*)from + r * w.row_bytes + ahead, _MM_HINT_T0);                            \
-                    sum[r] = codes.add(from + r * w.row_bytes, x == input, x, sum[r]);                                 \
+                    _mm_prefetch((const char*)soon + r * step, _MM_HINT_T0);                                           \
+                    sum[r] = codes.add(from + r * step, x == input, x, sum[r]);                                        \
                 }                                                                                                      \
-            for (int r = 0; r < ROWS_NOW; r++) total[r] = CODES::scaled(sum[r], by[r * parts + p], total[r]);          \
+            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS_NOW; r++) total[r] = CODES::scaled(sum[r], by[r * parts + p], total[r]);          \
         }                                                                                                              \
-        for (int r = 0; r < ROWS_NOW; r++) {                                                                           \
+        _Pragma("GCC unroll 4") for (int r = 0; r < ROWS_NOW; r++) {                                                   \
             float less = 0;                                                                                            \
             if (w.zero || CODES::middle)                                                                               \
                 for (int64_t p = 0; p < parts; p++) {                                                                  \

@@ -162,14 +162,14 @@ using Expand = void (*)(const Layer&, int64_t, const float*, void*, int32_t);
 template <int BITS, int UNITS>
 RowBlock row_block(const Layer& w, bool wide) {
     if constexpr (BITS <= 4)
-        if (w.table) return wide && has_vbmi() ? rows_vbmi<WideWindows<BITS>, UNITS> : rows_narrow<NarrowWindows<BITS>, UNITS>;
+        if (w.table) return wide && has_vbmi() ? rows_vbmi<WideWindows<BITS, UNITS>, UNITS> : rows_narrow<NarrowWindows<BITS>, UNITS>;
     return wide ? rows_wide<Wide::Codes<BITS>, UNITS> : rows_narrow<Narrow::Codes<BITS>, UNITS>;
 }
 
 template <int BITS, int UNITS>
 Expand expansion(const Layer& w, bool wide) {
     if constexpr (BITS <= 4)
-        if (w.table) return wide && has_vbmi() ? expand_vbmi<WideWindows<BITS>, UNITS> : expand_narrow<NarrowWindows<BITS>, UNITS>;
+        if (w.table) return wide && has_vbmi() ? expand_vbmi<WideWindows<BITS, UNITS>, UNITS> : expand_narrow<NarrowWindows<BITS>, UNITS>;
     return wide ? expand_wide<Wide::Codes<BITS>, UNITS> : expand_narrow<Narrow::Codes<BITS>, UNITS>;
 }
 

@@ -34,45 +34,46 @@ struct Bytes {
 
 // The windows of 64 codes: eight to a word of 64 bits, which has their own bytes and the one before them. `HALVES_APART`:
 // not in the order of the columns, but so that interleaving them with other bytes of theirs gives that order.
-template <int BITS, bool HALVES_APART>
+template <int BITS, int UNITS, bool HALVES_APART>
 struct Places {
     alignas(64) uint8_t bytes[64], shifts[64];
     constexpr Places() : bytes(), shifts() {
         for (int i = 0; i < 64; i++) {
             const int word = HALVES_APART ? i / 16 + 4 * (i / 8 % 2) : i / 8;
-            bytes[i] = uint8_t(BITS * word + i % 8), shifts[i] = uint8_t(BITS * (i % 8 + 1));
+            bytes[i] = uint8_t((63 - 4 * BITS * UNITS + BITS * word + i % 8) % 64), shifts[i] = uint8_t(BITS * (i % 8 + 1));
         }
     }
 };
 
-template <int BITS, bool HALVES_APART = false>
+template <int BITS, int UNITS, bool HALVES_APART = false>
 struct Windows {
-    static constexpr Places<BITS, HALVES_APART> places{};
+    static constexpr Places<BITS, UNITS, HALVES_APART> places{};
     __m512i bytes, shifts;
     VBMI Windows() : bytes(_mm512_load_si512(places.bytes)), shifts(_mm512_load_si512(places.shifts)) {}
-    // Of 32 * UNITS columns; with one unit, 32 of the windows mean nothing.
-    template <int UNITS>
+    // Of 32 * UNITS columns; with one unit, 32 of the windows mean nothing. What is loaded ends where they do.
     VBMI __m512i at(const uint8_t* from, bool start) const {
-        const __mmask64 all = (uint64_t(2) << (4 * BITS * UNITS)) - 1;
-        return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, _mm512_maskz_loadu_epi8(all - start, from - 1)));
+        constexpr int own = 4 * BITS * UNITS;
+        const __mmask64 wanted = ~uint64_t(0) << (start ? 64 - own : 63 - own);
+        const __m512i loaded = _mm512_maskz_loadu_epi8(wanted, from + own - 64);
+        return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, loaded));
     }
 };
 
-template <int BITS>
+template <int BITS, int UNITS>
 struct WideWindows {
     using Level = Wide;
     static constexpr int bytes = 4 * BITS;
     Bytes table;
-    Windows<BITS> windows;
+    Windows<BITS, UNITS> windows;
     VBMI explicit WideWindows(const Layer& w) : table(w.table->numbers) {}
-    template <int UNITS>
+    template <int>
     VBMI void read(const uint8_t* from, bool start, __m512* to) const {
-        const __m512i found = table.at(windows.template at<UNITS>(from, start));
+        const __m512i found = table.at(windows.at(from, start));
         to[0] = floats(_mm512_castsi512_si128(found)), to[1] = floats(_mm512_extracti32x4_epi32(found, 1));
         if (UNITS == 1) return;
         to[2] = floats(_mm512_extracti32x4_epi32(found, 2)), to[3] = floats(_mm512_extracti32x4_epi32(found, 3));
     }
-    template <int UNITS>
+    template <int>
     VBMI static void in_order(__m512*) {}
 
   private:
