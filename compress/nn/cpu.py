@@ -76,10 +76,9 @@ class Prepared(PreparedLayer):
 
 @cache
 def _table(bits: int) -> Tensor:
-    """What windows along a trellis stand for, as the kernel's `Table` has it: bytes uint8 `[7 * 256]`."""
+    """What windows along a trellis stand for, as the kernel's `Table` has it: bytes uint8 `[5 * 256]`."""
     numbers = torch.tensor(TABLES[bits], dtype=torch.int8)
-    halves = numbers.to(torch.bfloat16).view(torch.uint8).view(-1, 2)
-    return torch.cat([numbers.view(torch.uint8), halves[:, 0], halves[:, 1], numbers.float().view(torch.uint8)])
+    return torch.cat([numbers.view(torch.uint8), numbers.float().view(torch.uint8)])
 
 
 @cache

@@ -31,9 +31,9 @@ struct IntegersInt8 {
     using X = int8_t;
     using Sum = __m256i;
     using Total = __m256;
-    static constexpr int ways = 8 / BITS, columns = 32 * ways, bytes = 32, middle = 1 << (BITS - 1);
+    static constexpr int ways = 8 / BITS, columns = 32 * ways, bytes = 32, pieces = 1, middle = 1 << (BITS - 1);
     OF(VNNI) explicit IntegersInt8(const Layer&) {}
-    OF(VNNI) static Sum nothing() { return _mm256_setzero_si256(); }
+    OF(VNNI) static Sum begin(const float*) { return _mm256_setzero_si256(); }
     OF(VNNI) static Total zeros() { return _mm256_setzero_ps(); }
     OF(VNNI) Sum add(const uint8_t* from, bool, const X* x, Sum sum) const {
         const __m256i codes = _mm256_loadu_si256((const __m256i*)from), mask = _mm256_set1_epi8(char((1 << BITS) - 1));
@@ -50,27 +50,43 @@ struct IntegersInt8 {
     OF(VNNI) static float sum(Total total) { return Narrow::sum({total, _mm256_setzero_ps()}); }
 };
 
-// The numbers of a trellis times int8: 32 * UNITS columns at a time, in their order.
-template <int BITS, int UNITS>
+// The numbers of a trellis times whole numbers of PIECES signed bytes, lowest first, [PIECES, columns]; 32 * UNITS columns
+// at a time, in their order. Sums of bytes are exact, and so is what they begin with: what is to be taken off.
+template <int BITS, int UNITS, int PIECES>
 struct WindowsInt8 {
     using X = int8_t;
-    using Sum = __m512i;
     using Total = __m512;
-    static constexpr int columns = 32 * UNITS, bytes = 4 * BITS * UNITS, middle = 128;
+    struct Sum {
+        __m512i of[PIECES];
+    };
+    static constexpr int columns = 32 * UNITS, bytes = 4 * BITS * UNITS, pieces = PIECES, middle = 0;
     Bytes table;
     Windows<BITS, UNITS> windows;
-    OF(VNNI ",avx512vbmi") explicit WindowsInt8(const Layer& w) : table(w.table->numbers) {
+    const int64_t plane;
+    OF(VNNI ",avx512vbmi") explicit WindowsInt8(const Layer& w) : table(w.table->numbers), plane(w.columns) {
         for (__m512i& part : table.parts) part = _mm512_xor_si512(part, _mm512_set1_epi8(char(128)));
     }
-    OF(VNNI) static Sum nothing() { return _mm512_setzero_si512(); }
+    OF(VNNI) static Sum begin(const float* whole) {
+        Sum sum;
+        for (int i = 0; i < PIECES; i++)
+            sum.of[i] = _mm512_zextsi128_si512(_mm_cvtsi32_si128(-128 * int32_t(whole[i])));
+        return sum;
+    }
     OF(VNNI) static Total zeros() { return _mm512_setzero_ps(); }
     OF(VNNI ",avx512vbmi") Sum add(const uint8_t* from, bool start, const X* x, Sum sum) const {
         const __m512i found = table.at(windows.at(from, start));
-        const __m512i by = UNITS == 2 ? _mm512_loadu_si512(x) : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)x));
-        return _mm512_dpbusd_epi32(sum, found, by);
+#pragma GCC unroll 3
+        for (int i = 0; i < PIECES; i++) {
+            const X* at = x + i * plane;
+            const __m512i by = UNITS == 2 ? _mm512_loadu_si512(at) : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)at));
+            sum.of[i] = _mm512_dpbusd_epi32(sum.of[i], found, by);
+        }
+        return sum;
     }
     OF(VNNI) static Total scaled(Sum sum, float by, Total to) {
-        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(by), to);
+        __m512 all = _mm512_cvtepi32_ps(sum.of[PIECES - 1]);
+        for (int i = PIECES - 2; i >= 0; i--) all = _mm512_fmadd_ps(all, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum.of[i]));
+        return _mm512_fmadd_ps(all, _mm512_set1_ps(by), to);
     }
     OF(VNNI) static float sum(Total total) { return _mm512_reduce_add_ps(total); }
 };
@@ -84,8 +100,8 @@ struct InHalves {
     using X = uint16_t;
     using Sum = Two;
     using Total = __m512;
-    static constexpr int middle = 0;
-    OF(HALVES) static Sum nothing() { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
+    static constexpr int pieces = 1, middle = 0;
+    OF(HALVES) static Sum begin(const float*) { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
     OF(HALVES) static Total zeros() { return _mm512_setzero_ps(); }
     OF(HALVES) static Total scaled(Sum sum, float by, Total to) {
         return _mm512_fmadd_ps(_mm512_add_ps(sum.a, sum.b), _mm512_set1_ps(by), to);
@@ -125,23 +141,6 @@ struct IntegersHalves : InHalves {
     }
 };
 
-// The numbers of a trellis times bfloat16: 32 * UNITS columns at a time, in their order. Two bytes of a number are looked
-// up apart and interleaved.
-template <int BITS, int UNITS>
-struct WindowsHalves : InHalves {
-    static constexpr int columns = 32 * UNITS, bytes = 4 * BITS * UNITS;
-    Bytes low, high;
-    Windows<BITS, UNITS, true> windows;
-    OF(HALVES ",avx512vbmi") explicit WindowsHalves(const Layer& w) : low(w.table->low), high(w.table->high) {}
-    OF(HALVES ",avx512vbmi") Sum add(const uint8_t* from, bool start, const X* x, Sum sum) const {
-        const __m512i found = windows.at(from, start);
-        const __m512i less = low.at(found), more = high.at(found);
-        sum.a = dot(sum.a, _mm512_unpacklo_epi8(less, more), x);
-        if (UNITS == 2) sum.b = dot(sum.b, _mm512_unpackhi_epi8(less, more), x + 32);
-        return sum;
-    }
-};
-
 // ROWS_NOW rows of W times one row of x, into out [ROWS_NOW]. `share`: columns of x with one step. `by` [ROWS_NOW, parts]:
 // the scale of the weight, times the step of x if that is int8. `whole` [parts]: x's sums.
 #define DOTS(NAME, TARGET)                                                                                             \
@@ -157,7 +156,7 @@ struct WindowsHalves : InHalves {
         for (int r = 0; r < ROWS_NOW; r++) total[r] = CODES::zeros();                                                  \
         for (int64_t p = 0; p < parts; p++) {                                                                          \
             typename CODES::Sum sum[ROWS_NOW];                                                                         \
-            for (int r = 0; r < ROWS_NOW; r++) sum[r] = CODES::nothing();                                              \
+            for (int r = 0; r < ROWS_NOW; r++) sum[r] = CODES::begin(whole + p * CODES::pieces);                       \
             for (int64_t u = 0; u < units; u++, from += CODES::bytes, soon += CODES::bytes, x += CODES::columns)       \
                 _Pragma("GCC unroll 4") for (int r = 0; r < ROWS_NOW; r++) {                                           \
                     _mm_prefetch((const char*)soon + r * step, _MM_HINT_T0);                                           \
@@ -178,25 +177,27 @@ struct WindowsHalves : InHalves {
 DOTS(dots_vnni, VNNI)
 DOTS(dots_vnni_vbmi, VNNI ",avx512vbmi")
 DOTS(dots_halves, HALVES)
-DOTS(dots_halves_vbmi, HALVES ",avx512vbmi")
 
 using Dot = void (*)(const Layer&, int64_t, const void*, const float*, const float*, int64_t, float*);
 struct Dots {  // of ROWS rows, and of one
     Dot rows, row;
 };
 
-// UNITS: 2 where what has one step is a multiple of 64 columns.
+// For x in int8 (with codes along a trellis: in so many pieces), or in bfloat16. UNITS: 2 where what has one step is a
+// multiple of 64 columns.
 template <int BITS, int UNITS>
-Dots dots(const Layer& w, bool int8) {
+Dots dots(const Layer& w, int pieces) {
     if constexpr (BITS <= 4)
         if (w.table) {
-            using Int8 = WindowsInt8<BITS, UNITS>;
-            using Half = WindowsHalves<BITS, UNITS>;
-            if (int8) return {dots_vnni_vbmi<Int8, ROWS>, dots_vnni_vbmi<Int8, 1>};
-            return {dots_halves_vbmi<Half, ROWS>, dots_halves_vbmi<Half, 1>};
+            using One = WindowsInt8<BITS, UNITS, 1>;
+            using Two = WindowsInt8<BITS, UNITS, 2>;
+            using Three = WindowsInt8<BITS, UNITS, 3>;
+            if (pieces == 1) return {dots_vnni_vbmi<One, ROWS>, dots_vnni_vbmi<One, 1>};
+            if (pieces == 2) return {dots_vnni_vbmi<Two, ROWS>, dots_vnni_vbmi<Two, 1>};
+            return {dots_vnni_vbmi<Three, ROWS>, dots_vnni_vbmi<Three, 1>};
         }
     if constexpr (BITS != 3)
-        if (int8) return {dots_vnni<IntegersInt8<BITS>, ROWS>, dots_vnni<IntegersInt8<BITS>, 1>};
+        if (pieces) return {dots_vnni<IntegersInt8<BITS>, ROWS>, dots_vnni<IntegersInt8<BITS>, 1>};
     if constexpr (BITS == 2 || BITS == 4)
         return {dots_halves<IntegersHalves<BITS>, ROWS>, dots_halves<IntegersHalves<BITS>, 1>};
     return {};

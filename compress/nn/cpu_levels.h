@@ -12,11 +12,9 @@
 
 enum Kind { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
-// What the windows of codes along a trellis stand for, multiples of a layer's `unit`, in four forms: as int8, as the low
-// and high bytes of bfloat16, and as floats.
+// What the windows of codes along a trellis stand for, multiples of a layer's `unit`.
 struct Table {
     int8_t numbers[256];
-    uint8_t low[256], high[256];
     float floats[256];
 };
 

@@ -13,30 +13,39 @@ namespace {
 // or, where they are bfloat16 anyway, be multiplied as such.
 struct How {
     bool wide, int8, halves;
+    int pieces;  // bytes of the whole numbers that x becomes for products with codes along a trellis; 0: none
 };
 
 How how(int32_t at_most, int32_t int8, int32_t kind) {
-    const bool wide = level() == 2 && at_most >= 2;
-    return {wide, wide && int8 && has_vnni(), wide && kind == BFLOAT16 && has_halves()};
+    const bool wide = level() == 2 && at_most >= 2, bytes = wide && has_vnni();
+    return {wide, bytes && int8, wide && kind == BFLOAT16 && has_halves(), !bytes ? 0 : int8 ? 1 : kind == BFLOAT16 ? 2 : 3};
 }
 
 // Columns of x that share a step in int8: a group of the weight, or 128 columns of a longer one. 0: the layer is not
 // served in int8 or bfloat16, since 32 bytes of codes do not lie within a group, or its table cannot be looked up so.
 int64_t step_columns(const Layer& w) {
-    const int64_t group = w.columns / w.groups, least = w.table ? 32 : 32 * 8 / w.bits;
-    if (w.table ? !has_vbmi() : w.bits == 3) return 0;
-    if (group % least || w.row_bytes * 8 != w.columns * w.bits) return 0;
+    const int64_t group = w.columns / w.groups;
+    if (w.table) {
+        for (int64_t share = 128; share && has_vbmi(); share -= 32)
+            if (group % share == 0) return share;
+        return 0;
+    }
+    if (w.bits == 3 || group % (32 * 8 / w.bits) || w.row_bytes * 8 != w.columns * w.bits) return 0;
     return group > 128 && group % 128 == 0 ? 128 : group;
 }
+
+// Rows of x from which it takes less to make floats of codes along a trellis and multiply several rows with them.
+constexpr int64_t MANY_FLOATS = 4;
 
 // `many` rows of x, in the order in which the codes lie in memory.
 struct Input {
     std::vector<float> x, sums;       // floats: [many, columns] and, for grids with zero points, [many, groups]
     std::vector<uint16_t> halves;     // bfloat16: [many, columns], and `sums` as for floats
-    std::vector<int8_t> codes;        // int8: [many, columns], steps [many, parts], and the codes' sums
-    std::vector<float> steps, whole;  // [many, parts]
+    std::vector<int8_t> codes;        // int8: [many, pieces, columns]
+    std::vector<float> steps, whole;  // steps [many, parts], and the codes' sums [many, parts, pieces]
     int64_t many = 0;
-    bool int8 = false, half = false;
+    int pieces = 0;  // of x in int8: bytes of each number
+    bool half = false;
 };
 
 bool same_input(const Layer& a, const Layer& b) {  // whether what is ready for one is ready for the other
@@ -75,6 +84,29 @@ __attribute__((target(VNNI))) void round_part(const float* x, int64_t count, int
     *step = largest / 127.0f, *whole = float(_mm512_reduce_add_epi32(sum));
 }
 
+// `count` columns as whole numbers of PIECES signed bytes, each byte in a plane of its own, in the order of the columns.
+template <int PIECES>
+__attribute__((target(VNNI))) void split_part(const float* x, int64_t count, int8_t* to, int64_t plane, float* step,
+                                              float* whole) {
+    constexpr float limit = PIECES == 1 ? 127 : PIECES == 2 ? 127 << 8 : 127 << 16;
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t c = 0; c < count; c += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + c)));
+    const float largest = _mm512_reduce_max_ps(most);
+    const __m512 by = _mm512_set1_ps(largest > 0 ? limit / largest : 0.0f);
+    __m512i sums[PIECES] = {};
+    for (int64_t c = 0; c < count; c += 16) {
+        __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), by));
+        for (int i = 0; i < PIECES; i++) {
+            const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(left, 24), 24);
+            const __m512i piece = i == PIECES - 1 ? left : low;
+            left = _mm512_srai_epi32(_mm512_sub_epi32(left, low), 8), sums[i] = _mm512_add_epi32(sums[i], piece);
+            _mm_storeu_si128((__m128i*)(to + i * plane + c), _mm512_cvtsepi32_epi8(piece));
+        }
+    }
+    *step = largest / limit;
+    for (int i = 0; i < PIECES; i++) whole[i] = float(_mm512_reduce_add_epi32(sums[i]));
+}
+
 // The sums of x over each group; of x as bfloat16 if it is multiplied so.
 void sum_groups(const Layer& w, const float* x, int64_t many, Input& in, bool rounded) {
     const int64_t groups = many * w.groups, group = w.columns / w.groups;
@@ -101,24 +133,29 @@ __attribute__((target(HALVES))) void turn_halves(const float* x, int64_t count, 
 // x float [many, columns] made ready for products with w.
 void prepare(const Layer& w, const float* x, int64_t many, How how, Input& in) {
     const int64_t count = many * w.columns, share = step_columns(w);
-    in.many = many, in.int8 = how.int8 && share;
-    if (in.int8) {
-        const int64_t parts = count / share;
-        if (int64_t(in.codes.size()) < count) in.codes.resize(count);
-        if (int64_t(in.steps.size()) < parts) in.steps.resize(parts), in.whole.resize(parts);
+    in.many = many, in.half = false;
+    in.pieces = !share ? 0 : how.int8 ? 1 : w.table && many < MANY_FLOATS ? how.pieces : 0;
+    if (in.pieces) {
+        const int64_t parts = count / share, row = w.columns / share;
+        if (int64_t(in.codes.size()) < count * in.pieces) in.codes.resize(count * in.pieces);
+        if (int64_t(in.steps.size()) < parts) in.steps.resize(parts);
+        if (int64_t(in.whole.size()) < parts * in.pieces) in.whole.resize(parts * in.pieces);
         for (int64_t p = 0; p < parts; p++) {
-            int8_t* to = in.codes.data() + p * share;
-            float *step = &in.steps[p], *whole = &in.whole[p];
-            const auto run = w.table || w.bits == 8 ? round_part<1> : w.bits == 4 ? round_part<2> : round_part<4>;
-            run(x + p * share, share, to, step, whole);
+            const float* from = x + p * share;
+            int8_t* to = in.codes.data() + (p / row * in.pieces * row + p % row) * share;
+            float *step = &in.steps[p], *whole = &in.whole[p * in.pieces];
+            if (w.table)
+                (in.pieces == 1 ? split_part<1> : in.pieces == 2 ? split_part<2> : split_part<3>)(from, share, to, w.columns,
+                                                                                                step, whole);
+            else
+                (w.bits == 8 ? round_part<1> : w.bits == 4 ? round_part<2> : round_part<4>)(from, share, to, step, whole);
         }
-        in.half = false;
         return;
     }
-    in.half = how.halves && share && w.bits <= 4;
+    in.half = how.halves && share && w.bits <= 4 && !w.table;
     if (in.half) {
         if (int64_t(in.halves.size()) < count) in.halves.resize(count);
-        (w.table ? turn_halves<1> : w.bits == 4 ? turn_halves<2> : turn_halves<4>)(x, count, in.halves.data());
+        (w.bits == 4 ? turn_halves<2> : turn_halves<4>)(x, count, in.halves.data());
         if (w.zero) sum_groups(w, x, many, in, true);
         return;
     }
@@ -134,22 +171,23 @@ void prepare(const Layer& w, const float* x, int64_t many, How how, Input& in) {
 // [rows, parts].
 void rows_of_dots(const Layer& w, int64_t row, int64_t rows, const Input& in, Dots run, const float* scales, float* by,
                   float* out) {
-    const int64_t group = w.columns / w.groups, share = in.int8 ? step_columns(w) : group, parts = w.columns / share;
+    const int64_t group = w.columns / w.groups, share = in.pieces ? step_columns(w) : group, parts = w.columns / share;
     for (int64_t m = 0; m < in.many; m++) {
-        const float *steps = in.steps.data() + m * parts, *whole = in.int8 ? in.whole.data() : in.sums.data();
-        if (in.int8)
+        const float* steps = in.steps.data() + m * parts;
+        const float* whole = in.pieces ? in.whole.data() + m * parts * in.pieces : in.sums.data() + m * parts;
+        if (in.pieces)
             for (int64_t r = 0; r < rows; r++)
                 if (parts == w.groups)
                     for (int64_t p = 0; p < parts; p++) by[r * parts + p] = scales[r * parts + p] * steps[p];
                 else
                     for (int64_t p = 0; p < parts; p++) by[r * parts + p] = scales[r * w.groups + p * share / group] * steps[p];
-        const float* factors = in.int8 ? by : scales;
-        const void* x = in.int8 ? (const void*)(in.codes.data() + m * w.columns) : in.halves.data() + m * w.columns;
+        const float* factors = in.pieces ? by : scales;
+        const void* x = in.pieces ? (const void*)(in.codes.data() + m * in.pieces * w.columns) : in.halves.data() + m * w.columns;
         float* to = out + m * w.rows + row;
         if (rows == ROWS)
-            run.rows(w, row, x, factors, whole + m * parts, share, to);
+            run.rows(w, row, x, factors, whole, share, to);
         else
-            for (int64_t r = 0; r < rows; r++) run.row(w, row + r, x, factors + r * parts, whole + m * parts, share, to + r);
+            for (int64_t r = 0; r < rows; r++) run.row(w, row + r, x, factors + r * parts, whole, share, to + r);
     }
 }
 
@@ -157,15 +195,15 @@ void rows_of_dots(const Layer& w, int64_t row, int64_t rows, const Input& in, Do
 // multiple of ROWS.
 void multiply_rows(const Layer& w, const Input& in, int64_t first, int64_t last, How how, float* out) {
     const RowBlock run = FOR_LAYER(row_block, w, how.wide);
-    const Dots by_dots = FOR_LAYER(dots, w, in.int8);
-    const int64_t parts = in.int8 ? w.columns / step_columns(w) : 0, needed = ROWS * (w.groups + parts);
+    const Dots by_dots = FOR_LAYER(dots, w, in.pieces);
+    const int64_t parts = in.pieces ? w.columns / step_columns(w) : 0, needed = ROWS * (w.groups + parts);
     float few[2048];
     std::vector<float> more(needed > 2048 ? needed : 0);
     float *scales = needed > 2048 ? more.data() : few, *by = scales + ROWS * w.groups;
     for (int64_t row = first; row < last; row += ROWS) {
         const int64_t rows = row + ROWS <= last ? ROWS : last - row;
         row_scales(w, row, rows, scales);
-        if (in.half || in.int8)
+        if (in.half || in.pieces)
             rows_of_dots(w, row, rows, in, by_dots, scales, by, out);
         else
             run(w, row, rows, in.x.data(), in.many, scales, w.zero ? in.sums.data() : nullptr, out);

@@ -32,22 +32,20 @@ struct Bytes {
     }
 };
 
-// The windows of 64 codes: eight to a word of 64 bits, which has their own bytes and the one before them. `HALVES_APART`:
-// not in the order of the columns, but so that interleaving them with other bytes of theirs gives that order.
-template <int BITS, int UNITS, bool HALVES_APART>
+// The windows of 64 codes: eight to a word of 64 bits, which has their own bytes and the one before them.
+template <int BITS, int UNITS>
 struct Places {
     alignas(64) uint8_t bytes[64], shifts[64];
     constexpr Places() : bytes(), shifts() {
         for (int i = 0; i < 64; i++) {
-            const int word = HALVES_APART ? i / 16 + 4 * (i / 8 % 2) : i / 8;
-            bytes[i] = uint8_t((63 - 4 * BITS * UNITS + BITS * word + i % 8) % 64), shifts[i] = uint8_t(BITS * (i % 8 + 1));
+            bytes[i] = uint8_t((63 - 4 * BITS * UNITS + BITS * (i / 8) + i % 8) % 64), shifts[i] = uint8_t(BITS * (i % 8 + 1));
         }
     }
 };
 
-template <int BITS, int UNITS, bool HALVES_APART = false>
+template <int BITS, int UNITS>
 struct Windows {
-    static constexpr Places<BITS, UNITS, HALVES_APART> places{};
+    static constexpr Places<BITS, UNITS> places{};
     __m512i bytes, shifts;
     VBMI Windows() : bytes(_mm512_load_si512(places.bytes)), shifts(_mm512_load_si512(places.shifts)) {}
     // Of 32 * UNITS columns; with one unit, 32 of the windows mean nothing. What is loaded ends where they do.
