@@ -50,18 +50,18 @@ struct IntegersInt8 {
     OF(VNNI) static float sum(Total total) { return Narrow::sum({total, _mm256_setzero_ps()}); }
 };
 
-// The numbers of a trellis times whole numbers of PIECES signed bytes, lowest first, [PIECES, columns]; 32 * UNITS columns
-// at a time, in their order. Sums of bytes are exact, and so is what they begin with: what is to be taken off.
-template <int BITS, int UNITS, int PIECES>
+// The numbers of a trellis times whole numbers of PIECES signed bytes, lowest first, [PIECES, columns], as many columns at a
+// time and in the order that WINDOWS has. Sums of bytes are exact, and so is what they begin with: what is to be taken off.
+template <class WINDOWS, int PIECES>
 struct WindowsInt8 {
     using X = int8_t;
     using Total = __m512;
     struct Sum {
         __m512i of[PIECES];
     };
-    static constexpr int columns = 32 * UNITS, bytes = 4 * BITS * UNITS, pieces = PIECES, middle = 0;
+    static constexpr int columns = WINDOWS::columns, bytes = WINDOWS::bytes_of, pieces = PIECES, middle = 0;
     Bytes table;
-    Windows<BITS, UNITS> windows;
+    WINDOWS windows;
     const int64_t plane;
     OF(VNNI ",avx512vbmi") explicit WindowsInt8(const Layer& w) : table(w.table->numbers), plane(w.columns) {
         for (__m512i& part : table.parts) part = _mm512_xor_si512(part, _mm512_set1_epi8(char(128)));
@@ -74,12 +74,17 @@ struct WindowsInt8 {
     }
     OF(VNNI) static Total zeros() { return _mm512_setzero_ps(); }
     OF(VNNI ",avx512vbmi") Sum add(const uint8_t* from, bool start, const X* x, Sum sum) const {
-        const __m512i found = table.at(windows.at(from, start));
+        __m512i found[WINDOWS::count];
+        windows.at(from, start, found);
+#pragma GCC unroll 2
+        for (int v = 0; v < WINDOWS::count; v++) {
+            found[v] = table.at(found[v]);
 #pragma GCC unroll 3
-        for (int i = 0; i < PIECES; i++) {
-            const X* at = x + i * plane;
-            const __m512i by = UNITS == 2 ? _mm512_loadu_si512(at) : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)at));
-            sum.of[i] = _mm512_dpbusd_epi32(sum.of[i], found, by);
+            for (int i = 0; i < PIECES; i++) {
+                const X* at = x + i * plane + 64 * v;
+                const __m512i by = columns > 32 ? _mm512_loadu_si512(at) : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)at));
+                sum.of[i] = _mm512_dpbusd_epi32(sum.of[i], found[v], by);
+            }
         }
         return sum;
     }
@@ -183,18 +188,25 @@ struct Dots {  // of ROWS rows, and of one
     Dot rows, row;
 };
 
+template <class WINDOWS>
+Dots dots_of_windows(int pieces) {
+    if (pieces == 1) return {dots_vnni_vbmi<WindowsInt8<WINDOWS, 1>, ROWS>, dots_vnni_vbmi<WindowsInt8<WINDOWS, 1>, 1>};
+    if (pieces == 2) return {dots_vnni_vbmi<WindowsInt8<WINDOWS, 2>, ROWS>, dots_vnni_vbmi<WindowsInt8<WINDOWS, 2>, 1>};
+    return {dots_vnni_vbmi<WindowsInt8<WINDOWS, 3>, ROWS>, dots_vnni_vbmi<WindowsInt8<WINDOWS, 3>, 1>};
+}
+
+// Whether x, in pieces, has the order of `WindowsOfHalfBytes`.
+bool by_half_bytes(const Layer& w) { return w.table && w.bits == 4 && w.columns / w.groups % 128 == 0; }
+
 // For x in int8 (with codes along a trellis: in so many pieces), or in bfloat16. UNITS: 2 where what has one step is a
 // multiple of 64 columns.
 template <int BITS, int UNITS>
 Dots dots(const Layer& w, int pieces) {
     if constexpr (BITS <= 4)
         if (w.table) {
-            using One = WindowsInt8<BITS, UNITS, 1>;
-            using Two = WindowsInt8<BITS, UNITS, 2>;
-            using Three = WindowsInt8<BITS, UNITS, 3>;
-            if (pieces == 1) return {dots_vnni_vbmi<One, ROWS>, dots_vnni_vbmi<One, 1>};
-            if (pieces == 2) return {dots_vnni_vbmi<Two, ROWS>, dots_vnni_vbmi<Two, 1>};
-            return {dots_vnni_vbmi<Three, ROWS>, dots_vnni_vbmi<Three, 1>};
+            if constexpr (BITS == 4 && UNITS == 2)
+                if (by_half_bytes(w)) return dots_of_windows<WindowsOfHalfBytes>(pieces);
+            return dots_of_windows<Windows<BITS, UNITS>>(pieces);
         }
     if constexpr (BITS != 3)
         if (pieces) return {dots_vnni<IntegersInt8<BITS>, ROWS>, dots_vnni<IntegersInt8<BITS>, 1>};

@@ -84,10 +84,12 @@ __attribute__((target(VNNI))) void round_part(const float* x, int64_t count, int
     *step = largest / 127.0f, *whole = float(_mm512_reduce_add_epi32(sum));
 }
 
-// `count` columns as whole numbers of PIECES signed bytes, each byte in a plane of its own, in the order of the columns.
+// `count` columns as whole numbers of PIECES signed bytes, each byte in a plane of its own, in the order of the columns or
+// even ones first.
 template <int PIECES>
-__attribute__((target(VNNI))) void split_part(const float* x, int64_t count, int8_t* to, int64_t plane, float* step,
-                                              float* whole) {
+__attribute__((target(VNNI))) void split_part(const float* x, int64_t count, bool even_first, int8_t* to, int64_t plane,
+                                              float* step, float* whole) {
+    const __m128i evens = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     constexpr float limit = PIECES == 1 ? 127 : PIECES == 2 ? 127 << 8 : 127 << 16;
     __m512 most = _mm512_setzero_ps();
     for (int64_t c = 0; c < count; c += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + c)));
@@ -100,7 +102,15 @@ __attribute__((target(VNNI))) void split_part(const float* x, int64_t count, int
             const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(left, 24), 24);
             const __m512i piece = i == PIECES - 1 ? left : low;
             left = _mm512_srai_epi32(_mm512_sub_epi32(left, low), 8), sums[i] = _mm512_add_epi32(sums[i], piece);
-            _mm_storeu_si128((__m128i*)(to + i * plane + c), _mm512_cvtsepi32_epi8(piece));
+            const __m128i bytes = _mm512_cvtsepi32_epi8(piece);
+            int8_t* at = to + i * plane;
+            if (even_first) {
+                const __m128i turned = _mm_shuffle_epi8(bytes, evens);
+                _mm_storel_epi64((__m128i*)(at + c / 2), turned);
+                _mm_storel_epi64((__m128i*)(at + (count + c) / 2), _mm_unpackhi_epi64(turned, turned));
+            } else {
+                _mm_storeu_si128((__m128i*)(at + c), bytes);
+            }
         }
     }
     *step = largest / limit;
@@ -145,8 +155,8 @@ void prepare(const Layer& w, const float* x, int64_t many, How how, Input& in) {
             int8_t* to = in.codes.data() + (p / row * in.pieces * row + p % row) * share;
             float *step = &in.steps[p], *whole = &in.whole[p * in.pieces];
             if (w.table)
-                (in.pieces == 1 ? split_part<1> : in.pieces == 2 ? split_part<2> : split_part<3>)(from, share, to, w.columns,
-                                                                                                step, whole);
+                (in.pieces == 1 ? split_part<1> : in.pieces == 2 ? split_part<2> : split_part<3>)(
+                    from, share, by_half_bytes(w), to, w.columns, step, whole);
             else
                 (w.bits == 8 ? round_part<1> : w.bits == 4 ? round_part<2> : round_part<4>)(from, share, to, step, whole);
         }

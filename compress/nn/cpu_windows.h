@@ -45,15 +45,28 @@ struct Places {
 
 template <int BITS, int UNITS>
 struct Windows {
+    static constexpr int columns = 32 * UNITS, bytes_of = 4 * BITS * UNITS, count = 1;
     static constexpr Places<BITS, UNITS> places{};
     __m512i bytes, shifts;
     VBMI Windows() : bytes(_mm512_load_si512(places.bytes)), shifts(_mm512_load_si512(places.shifts)) {}
     // Of 32 * UNITS columns; with one unit, 32 of the windows mean nothing. What is loaded ends where they do.
-    VBMI __m512i at(const uint8_t* from, bool start) const {
-        constexpr int own = 4 * BITS * UNITS;
-        const __mmask64 wanted = ~uint64_t(0) << (start ? 64 - own : 63 - own);
-        const __m512i loaded = _mm512_maskz_loadu_epi8(wanted, from + own - 64);
-        return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, loaded));
+    VBMI void at(const uint8_t* from, bool start, __m512i* to) const {
+        const __mmask64 wanted = ~uint64_t(0) << (start ? 64 - bytes_of : 63 - bytes_of);
+        const __m512i loaded = _mm512_maskz_loadu_epi8(wanted, from + bytes_of - 64);
+        *to = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, loaded));
+    }
+};
+
+// The windows of 128 codes of 4 bits, first those of even columns. Those of odd ones are the bytes as they are, and the
+// others the halves of two neighbours: shifts take less than picking, which waits for the same part of the processor as
+// the table's look-up does.
+struct WindowsOfHalfBytes {
+    static constexpr int columns = 128, bytes_of = 64, count = 2;
+    VBMI void at(const uint8_t* from, bool start, __m512i* to) const {
+        to[1] = _mm512_loadu_si512(from);
+        const __m512i before = _mm512_maskz_loadu_epi8(~uint64_t(start), from - 1);
+        const __m512i newer = _mm512_slli_epi16(to[1], 4), older = _mm512_srli_epi16(before, 4);
+        to[0] = _mm512_ternarylogic_epi64(_mm512_set1_epi8(char(0xF0)), newer, older, 0xCA);  // by bits: newer or older
     }
 };
 
@@ -66,7 +79,9 @@ struct WideWindows {
     VBMI explicit WideWindows(const Layer& w) : table(w.table->numbers) {}
     template <int>
     VBMI void read(const uint8_t* from, bool start, __m512* to) const {
-        const __m512i found = table.at(windows.at(from, start));
+        __m512i found;
+        windows.at(from, start, &found);
+        found = table.at(found);
         to[0] = floats(_mm512_castsi512_si128(found)), to[1] = floats(_mm512_extracti32x4_epi32(found, 1));
         if (UNITS == 1) return;
         to[2] = floats(_mm512_extracti32x4_epi32(found, 2)), to[3] = floats(_mm512_extracti32x4_epi32(found, 3));
