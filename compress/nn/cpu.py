@@ -91,7 +91,9 @@ def library() -> ctypes.CDLL | None:
                 found = ctypes.CDLL(os.fspath(path))
             except OSError:  # built for another system
                 return None
-            if not all(hasattr(found, name) for name in _FUNCTIONS):  # built from sources before these
+            if not all(
+                hasattr(found, name) for name in (*_FUNCTIONS, "compress_vbmi")
+            ):  # built from sources before these
                 return None
             for name, types in _FUNCTIONS.items():
                 function = getattr(found, name)
@@ -140,6 +142,8 @@ def why_not_int8(layer: QuantLinear | None = None) -> str | None:
         return "this processor lacks AVX-512 VNNI"
     if layer is None:
         return None
+    if layer.spec.trellis:
+        return None if found.compress_vbmi() else "this processor lacks AVX-512 VBMI, which a trellis needs for it"
     least = STEP * 8 // layer.spec.bits
     if layer.spec.bits == 3 or layer.in_features // layer.weight_scale.shape[1] % least:
         return f"it takes 2, 4 or 8 bits and groups in multiples of {STEP * 4}, {STEP * 2} or {STEP}"

@@ -33,7 +33,7 @@ struct IntegersInt8 {
     using Total = __m256;
     static constexpr int ways = 8 / BITS, columns = 32 * ways, bytes = 32, pieces = 1, middle = 1 << (BITS - 1);
     OF(VNNI) explicit IntegersInt8(const Layer&) {}
-    OF(VNNI) static Sum begin(const float*) { return _mm256_setzero_si256(); }
+    OF(VNNI) static Sum begin(const int32_t*) { return _mm256_setzero_si256(); }
     OF(VNNI) static Total zeros() { return _mm256_setzero_ps(); }
     OF(VNNI) Sum add(const uint8_t* from, bool, const X* x, Sum sum) const {
         const __m256i codes = _mm256_loadu_si256((const __m256i*)from), mask = _mm256_set1_epi8(char((1 << BITS) - 1));
@@ -51,7 +51,7 @@ struct IntegersInt8 {
 };
 
 // The numbers of a trellis times whole numbers of PIECES signed bytes, lowest first, [PIECES, columns], as many columns at a
-// time and in the order that WINDOWS has. Sums of bytes are exact, and so is what they begin with: what is to be taken off.
+// time and in the order that WINDOWS has. Sums of bytes are exact, and so is what each begins with: what it is too much.
 template <class WINDOWS, int PIECES>
 struct WindowsInt8 {
     using X = int8_t;
@@ -66,10 +66,9 @@ struct WindowsInt8 {
     OF(VNNI ",avx512vbmi") explicit WindowsInt8(const Layer& w) : table(w.table->numbers), plane(w.columns) {
         for (__m512i& part : table.parts) part = _mm512_xor_si512(part, _mm512_set1_epi8(char(128)));
     }
-    OF(VNNI) static Sum begin(const float* whole) {
+    OF(VNNI) static Sum begin(const int32_t* starts) {
         Sum sum;
-        for (int i = 0; i < PIECES; i++)
-            sum.of[i] = _mm512_zextsi128_si512(_mm_cvtsi32_si128(-128 * int32_t(whole[i])));
+        for (int i = 0; i < PIECES; i++) sum.of[i] = _mm512_loadu_si512(starts + 16 * i);
         return sum;
     }
     OF(VNNI) static Total zeros() { return _mm512_setzero_ps(); }
@@ -106,7 +105,7 @@ struct InHalves {
     using Sum = Two;
     using Total = __m512;
     static constexpr int pieces = 1, middle = 0;
-    OF(HALVES) static Sum begin(const float*) { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
+    OF(HALVES) static Sum begin(const int32_t*) { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
     OF(HALVES) static Total zeros() { return _mm512_setzero_ps(); }
     OF(HALVES) static Total scaled(Sum sum, float by, Total to) {
         return _mm512_fmadd_ps(_mm512_add_ps(sum.a, sum.b), _mm512_set1_ps(by), to);
@@ -147,11 +146,12 @@ struct IntegersHalves : InHalves {
 };
 
 // ROWS_NOW rows of W times one row of x, into out [ROWS_NOW]. `share`: columns of x with one step. `by` [ROWS_NOW, parts]:
-// the scale of the weight, times the step of x if that is int8. `whole` [parts]: x's sums.
+// the scale of the weight, times the step of x if that is int8. `whole` [parts]: x's sums. `starts` [parts, pieces, 16], of
+// codes along a trellis: what sums begin with.
 #define DOTS(NAME, TARGET)                                                                                             \
     template <class CODES, int ROWS_NOW>                                                                               \
     __attribute__((target(TARGET))) void NAME(const Layer& w, int64_t row, const void* input, const float* by,         \
-                                              const float* whole, int64_t share, float* out) {                         \
+                                              const float* whole, const int32_t* starts, int64_t share, float* out) {  \
         const CODES codes(w);                                                                                          \
         const int64_t parts = w.columns / share, units = share / CODES::columns, group = w.columns / w.groups;         \
         const int64_t step = w.row_bytes;                                                                              \
@@ -161,7 +161,7 @@ struct IntegersHalves : InHalves {
         for (int r = 0; r < ROWS_NOW; r++) total[r] = CODES::zeros();                                                  \
         for (int64_t p = 0; p < parts; p++) {                                                                          \
             typename CODES::Sum sum[ROWS_NOW];                                                                         \
-            for (int r = 0; r < ROWS_NOW; r++) sum[r] = CODES::begin(whole + p * CODES::pieces);                       \
+            for (int r = 0; r < ROWS_NOW; r++) sum[r] = CODES::begin(starts + p * 16 * CODES::pieces);                 \
             for (int64_t u = 0; u < units; u++, from += CODES::bytes, soon += CODES::bytes, x += CODES::columns)       \
                 _Pragma("GCC unroll 4") for (int r = 0; r < ROWS_NOW; r++) {                                           \
                     _mm_prefetch((const char*)soon + r * step, _MM_HINT_T0);                                           \
@@ -183,7 +183,7 @@ DOTS(dots_vnni, VNNI)
 DOTS(dots_vnni_vbmi, VNNI ",avx512vbmi")
 DOTS(dots_halves, HALVES)
 
-using Dot = void (*)(const Layer&, int64_t, const void*, const float*, const float*, int64_t, float*);
+using Dot = void (*)(const Layer&, int64_t, const void*, const float*, const float*, const int32_t*, int64_t, float*);
 struct Dots {  // of ROWS rows, and of one
     Dot rows, row;
 };

@@ -25,11 +25,7 @@ How how(int32_t at_most, int32_t int8, int32_t kind) {
 // served in int8 or bfloat16, since 32 bytes of codes do not lie within a group, or its table cannot be looked up so.
 int64_t step_columns(const Layer& w) {
     const int64_t group = w.columns / w.groups;
-    if (w.table) {
-        for (int64_t share = 128; share && has_vbmi(); share -= 32)
-            if (group % share == 0) return share;
-        return 0;
-    }
+    if (w.table) return !has_vbmi() ? 0 : group <= 128 ? group : group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32;
     if (w.bits == 3 || group % (32 * 8 / w.bits) || w.row_bytes * 8 != w.columns * w.bits) return 0;
     return group > 128 && group % 128 == 0 ? 128 : group;
 }
@@ -42,7 +38,8 @@ struct Input {
     std::vector<float> x, sums;       // floats: [many, columns] and, for grids with zero points, [many, groups]
     std::vector<uint16_t> halves;     // bfloat16: [many, columns], and `sums` as for floats
     std::vector<int8_t> codes;        // int8: [many, pieces, columns]
-    std::vector<float> steps, whole;  // steps [many, parts], and the codes' sums [many, parts, pieces]
+    std::vector<float> steps, whole;  // [many, parts], and the codes' sums, likewise
+    std::vector<int32_t> starts;      // along a trellis: [many, parts, pieces, 16], what sums begin with
     int64_t many = 0;
     int pieces = 0;  // of x in int8: bytes of each number
     bool half = false;
@@ -85,24 +82,22 @@ __attribute__((target(VNNI))) void round_part(const float* x, int64_t count, int
 }
 
 // `count` columns as whole numbers of PIECES signed bytes, each byte in a plane of its own, in the order of the columns or
-// even ones first.
+// even ones first. `starts` [PIECES, 16]: what the offset of 128 adds to each sum of the products, negative.
 template <int PIECES>
 __attribute__((target(VNNI))) void split_part(const float* x, int64_t count, bool even_first, int8_t* to, int64_t plane,
-                                              float* step, float* whole) {
+                                              float* step, int32_t* starts) {
     const __m128i evens = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     constexpr float limit = PIECES == 1 ? 127 : PIECES == 2 ? 127 << 8 : 127 << 16;
     __m512 most = _mm512_setzero_ps();
     for (int64_t c = 0; c < count; c += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + c)));
     const float largest = _mm512_reduce_max_ps(most);
     const __m512 by = _mm512_set1_ps(largest > 0 ? limit / largest : 0.0f);
-    __m512i sums[PIECES] = {};
     for (int64_t c = 0; c < count; c += 16) {
         __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), by));
         for (int i = 0; i < PIECES; i++) {
             const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(left, 24), 24);
-            const __m512i piece = i == PIECES - 1 ? left : low;
-            left = _mm512_srai_epi32(_mm512_sub_epi32(left, low), 8), sums[i] = _mm512_add_epi32(sums[i], piece);
-            const __m128i bytes = _mm512_cvtsepi32_epi8(piece);
+            const __m128i bytes = _mm512_cvtsepi32_epi8(i == PIECES - 1 ? left : low);
+            left = _mm512_srai_epi32(_mm512_sub_epi32(left, low), 8);
             int8_t* at = to + i * plane;
             if (even_first) {
                 const __m128i turned = _mm_shuffle_epi8(bytes, evens);
@@ -114,7 +109,14 @@ __attribute__((target(VNNI))) void split_part(const float* x, int64_t count, boo
         }
     }
     *step = largest / limit;
-    for (int i = 0; i < PIECES; i++) whole[i] = float(_mm512_reduce_add_epi32(sums[i]));
+    const int64_t once = count % 64 ? 32 : 64;  // columns that one product takes
+    const __mmask64 taken = ~uint64_t(0) >> (64 - once);
+    for (int i = 0; i < PIECES; i++) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t c = 0; c < count; c += once)
+            sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(char(128)), _mm512_maskz_loadu_epi8(taken, to + i * plane + c));
+        _mm512_storeu_si512(starts + 16 * i, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+    }
 }
 
 // The sums of x over each group; of x as bfloat16 if it is multiplied so.
@@ -148,15 +150,15 @@ void prepare(const Layer& w, const float* x, int64_t many, How how, Input& in) {
     if (in.pieces) {
         const int64_t parts = count / share, row = w.columns / share;
         if (int64_t(in.codes.size()) < count * in.pieces) in.codes.resize(count * in.pieces);
-        if (int64_t(in.steps.size()) < parts) in.steps.resize(parts);
-        if (int64_t(in.whole.size()) < parts * in.pieces) in.whole.resize(parts * in.pieces);
+        if (int64_t(in.steps.size()) < parts) in.steps.resize(parts), in.whole.resize(parts);
+        if (w.table && int64_t(in.starts.size()) < parts * in.pieces * 16) in.starts.resize(parts * in.pieces * 16);
         for (int64_t p = 0; p < parts; p++) {
             const float* from = x + p * share;
             int8_t* to = in.codes.data() + (p / row * in.pieces * row + p % row) * share;
-            float *step = &in.steps[p], *whole = &in.whole[p * in.pieces];
+            float *step = &in.steps[p], *whole = &in.whole[p];
             if (w.table)
                 (in.pieces == 1 ? split_part<1> : in.pieces == 2 ? split_part<2> : split_part<3>)(
-                    from, share, by_half_bytes(w), to, w.columns, step, whole);
+                    from, share, by_half_bytes(w), to, w.columns, step, &in.starts[p * in.pieces * 16]);
             else
                 (w.bits == 8 ? round_part<1> : w.bits == 4 ? round_part<2> : round_part<4>)(from, share, to, step, whole);
         }
@@ -184,7 +186,8 @@ void rows_of_dots(const Layer& w, int64_t row, int64_t rows, const Input& in, Do
     const int64_t group = w.columns / w.groups, share = in.pieces ? step_columns(w) : group, parts = w.columns / share;
     for (int64_t m = 0; m < in.many; m++) {
         const float* steps = in.steps.data() + m * parts;
-        const float* whole = in.pieces ? in.whole.data() + m * parts * in.pieces : in.sums.data() + m * parts;
+        const float* whole = (in.pieces ? in.whole : in.sums).data() + m * parts;
+        const int32_t* starts = in.starts.data() + m * parts * in.pieces * 16;
         if (in.pieces)
             for (int64_t r = 0; r < rows; r++)
                 if (parts == w.groups)
@@ -195,9 +198,9 @@ void rows_of_dots(const Layer& w, int64_t row, int64_t rows, const Input& in, Do
         const void* x = in.pieces ? (const void*)(in.codes.data() + m * in.pieces * w.columns) : in.halves.data() + m * w.columns;
         float* to = out + m * w.rows + row;
         if (rows == ROWS)
-            run.rows(w, row, x, factors, whole, share, to);
+            run.rows(w, row, x, factors, whole, starts, share, to);
         else
-            for (int64_t r = 0; r < rows; r++) run.row(w, row + r, x, factors + r * parts, whole, share, to + r);
+            for (int64_t r = 0; r < rows; r++) run.row(w, row + r, x, factors + r * parts, whole, starts, share, to + r);
     }
 }
 
