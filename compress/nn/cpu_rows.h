@@ -89,9 +89,13 @@ __attribute__((target(VNNI))) void split_part(const float* x, int64_t count, boo
     const __m128i evens = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     constexpr float limit = PIECES == 1 ? 127 : PIECES == 2 ? 127 << 8 : 127 << 16;
     __m512 most = _mm512_setzero_ps();
-    for (int64_t c = 0; c < count; c += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + c)));
-    const float largest = _mm512_reduce_max_ps(most);
-    const __m512 by = _mm512_set1_ps(largest > 0 ? limit / largest : 0.0f);
+    __mmask16 none = 0;
+    for (int64_t c = 0; c < count; c += 16) {
+        const __m512 now = _mm512_loadu_ps(x + c);
+        most = _mm512_max_ps(most, _mm512_abs_ps(now)), none |= _mm512_cmp_ps_mask(now, now, _CMP_UNORD_Q);
+    }
+    const float largest = none ? NAN : _mm512_reduce_max_ps(most);  // NaN, or an infinite number, reaches the result
+    const __m512 by = _mm512_set1_ps(largest > 1e-30f ? limit / largest : 0.0f);
     for (int64_t c = 0; c < count; c += 16) {
         __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), by));
         for (int i = 0; i < PIECES; i++) {

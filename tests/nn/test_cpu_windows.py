@@ -132,6 +132,15 @@ def test_inputs_of_one_sign_and_with_one_far_larger_are_as_exact(level: int) -> 
     assert torch.equal(cpu.multiply(layer, torch.zeros(1, 384), level), torch.zeros(1, layer.out_features))
 
 
+@pytest.mark.parametrize("level", cpu.LEVELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_no_numbers_are_seen_in_the_result(value: float, level: int) -> None:
+    layer, x = trellis_layer(4, 384, 128), torch.randn(1, 384)
+    x[0, 200] = value
+    assert cpu.fits(layer, x)
+    assert not cpu.multiply(layer, x, level).isfinite().any()
+
+
 @vnni
 def test_inputs_in_bfloat16_lose_less_than_their_result_when_it_is_rounded() -> None:
     layer = trellis_layer(3, 384, 128, rows=1)
