@@ -50,8 +50,8 @@ struct IntegersInt8 {
     OF(VNNI) static float sum(Total total) { return Narrow::sum({total, _mm256_setzero_ps()}); }
 };
 
-// The numbers of a trellis times whole numbers of PIECES signed bytes, lowest first, [PIECES, columns], as many columns at a
-// time and in the order that WINDOWS has. Sums of bytes are exact, and so is what each begins with: what it is too much.
+// The numbers of a trellis times whole numbers of PIECES signed bytes, lowest first, [PIECES, columns]; as many columns at
+// a time and in the order that WINDOWS has. Sums of bytes are exact, and so is what each begins with: what it is too much.
 template <class WINDOWS, int PIECES>
 struct WindowsInt8 {
     using X = int8_t;
@@ -81,7 +81,8 @@ struct WindowsInt8 {
 #pragma GCC unroll 3
             for (int i = 0; i < PIECES; i++) {
                 const X* at = x + i * plane + 64 * v;
-                const __m512i by = columns > 32 ? _mm512_loadu_si512(at) : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)at));
+                const __m256i half = _mm256_loadu_si256((const __m256i*)at);
+                const __m512i by = columns == 32 ? _mm512_zextsi256_si512(half) : _mm512_loadu_si512(at);
                 sum.of[i] = _mm512_dpbusd_epi32(sum.of[i], found[v], by);
             }
         }
@@ -89,7 +90,8 @@ struct WindowsInt8 {
     }
     OF(VNNI) static Total scaled(Sum sum, float by, Total to) {
         __m512 all = _mm512_cvtepi32_ps(sum.of[PIECES - 1]);
-        for (int i = PIECES - 2; i >= 0; i--) all = _mm512_fmadd_ps(all, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum.of[i]));
+        for (int i = PIECES - 2; i >= 0; i--)
+            all = _mm512_fmadd_ps(all, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum.of[i]));
         return _mm512_fmadd_ps(all, _mm512_set1_ps(by), to);
     }
     OF(VNNI) static float sum(Total total) { return _mm512_reduce_add_ps(total); }
@@ -146,8 +148,8 @@ struct IntegersHalves : InHalves {
 };
 
 // ROWS_NOW rows of W times one row of x, into out [ROWS_NOW]. `share`: columns of x with one step. `by` [ROWS_NOW, parts]:
-// the scale of the weight, times the step of x if that is int8. `whole` [parts]: x's sums. `starts` [parts, pieces, 16], of
-// codes along a trellis: what sums begin with.
+// the scale of the weight, times the step of x if that is int8. `whole` [parts]: x's sums. `starts` [parts, pieces, 16]:
+// what sums begin with, of codes along a trellis.
 #define DOTS(NAME, TARGET)                                                                                             \
     template <class CODES, int ROWS_NOW>                                                                               \
     __attribute__((target(TARGET))) void NAME(const Layer& w, int64_t row, const void* input, const float* by,         \
@@ -167,7 +169,8 @@ struct IntegersHalves : InHalves {
                     _mm_prefetch((const char*)soon + r * step, _MM_HINT_T0);                                           \
                     sum[r] = codes.add(from + r * step, x == input, x, sum[r]);                                        \
                 }                                                                                                      \
-            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS_NOW; r++) total[r] = CODES::scaled(sum[r], by[r * parts + p], total[r]);          \
+            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS_NOW; r++)                                                 \
+                total[r] = CODES::scaled(sum[r], by[r * parts + p], total[r]);                                         \
         }                                                                                                              \
         _Pragma("GCC unroll 4") for (int r = 0; r < ROWS_NOW; r++) {                                                   \
             float less = 0;                                                                                            \

@@ -148,8 +148,8 @@ constexpr int ROWS = 4;
         }                                                                                                              \
     }
 
-#define FLOATS(NAME, TARGET)               \
-    PRODUCT(product_##NAME, TARGET)        \
+#define FLOATS(NAME, TARGET)                       \
+    PRODUCT(product_##NAME, TARGET)                \
     ROW_BLOCK(rows_##NAME, product_##NAME, TARGET) \
     EXPAND(expand_##NAME, TARGET)
 FLOATS(wide, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
@@ -162,14 +162,16 @@ using Expand = void (*)(const Layer&, int64_t, const float*, void*, int32_t);
 template <int BITS, int UNITS>
 RowBlock row_block(const Layer& w, bool wide) {
     if constexpr (BITS <= 4)
-        if (w.table) return wide && has_vbmi() ? rows_vbmi<WideWindows<BITS, UNITS>, UNITS> : rows_narrow<NarrowWindows<BITS>, UNITS>;
+        if (w.table)
+            return wide && has_vbmi() ? rows_vbmi<WideWindows<BITS, UNITS>, UNITS> : rows_narrow<NarrowWindows<BITS>, UNITS>;
     return wide ? rows_wide<Wide::Codes<BITS>, UNITS> : rows_narrow<Narrow::Codes<BITS>, UNITS>;
 }
 
 template <int BITS, int UNITS>
 Expand expansion(const Layer& w, bool wide) {
     if constexpr (BITS <= 4)
-        if (w.table) return wide && has_vbmi() ? expand_vbmi<WideWindows<BITS, UNITS>, UNITS> : expand_narrow<NarrowWindows<BITS>, UNITS>;
+        if (w.table)
+            return wide && has_vbmi() ? expand_vbmi<WideWindows<BITS, UNITS>, UNITS> : expand_narrow<NarrowWindows<BITS>, UNITS>;
     return wide ? expand_wide<Wide::Codes<BITS>, UNITS> : expand_narrow<Narrow::Codes<BITS>, UNITS>;
 }
 

@@ -18,7 +18,8 @@ struct How {
 
 How how(int32_t at_most, int32_t int8, int32_t kind) {
     const bool wide = level() == 2 && at_most >= 2, bytes = wide && has_vnni();
-    return {wide, bytes && int8, wide && kind == BFLOAT16 && has_halves(), !bytes ? 0 : int8 ? 1 : kind == BFLOAT16 ? 2 : 3};
+    const int pieces = !bytes ? 0 : int8 ? 1 : kind == BFLOAT16 ? 2 : 3;
+    return {wide, bytes && int8, wide && kind == BFLOAT16 && has_halves(), pieces};
 }
 
 // Columns of x that share a step in int8: a group of the weight, or 128 columns of a longer one. 0: the layer is not
@@ -46,7 +47,8 @@ struct Input {
 };
 
 bool same_input(const Layer& a, const Layer& b) {  // whether what is ready for one is ready for the other
-    return a.bits == b.bits && a.groups == b.groups && a.row_bytes == b.row_bytes && !a.zero == !b.zero && !a.table == !b.table;
+    return a.bits == b.bits && a.groups == b.groups && a.row_bytes == b.row_bytes && !a.zero == !b.zero &&
+           !a.table == !b.table;
 }
 
 // 32 floats, taken in the order of Wide::place.
@@ -199,7 +201,8 @@ void rows_of_dots(const Layer& w, int64_t row, int64_t rows, const Input& in, Do
                 else
                     for (int64_t p = 0; p < parts; p++) by[r * parts + p] = scales[r * w.groups + p * share / group] * steps[p];
         const float* factors = in.pieces ? by : scales;
-        const void* x = in.pieces ? (const void*)(in.codes.data() + m * in.pieces * w.columns) : in.halves.data() + m * w.columns;
+        const void *bytes = in.codes.data() + m * in.pieces * w.columns, *halves = in.halves.data() + m * w.columns;
+        const void* x = in.pieces ? bytes : halves;
         float* to = out + m * w.rows + row;
         if (rows == ROWS)
             run.rows(w, row, x, factors, whole, starts, share, to);

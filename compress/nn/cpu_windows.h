@@ -1,4 +1,4 @@
-// What `cpu.cpp` is made of, 2: codes along a trellis (`maths/trellis.py`) to the numbers that they stand for, in registers.
+// What `cpu.cpp` is made of, 2: codes along a trellis (`maths/trellis.py`) to the numbers that they stand for.
 //
 // What a code stands for is in a table of 256, at the 8 bits of the row's stream that end with it; before the row the
 // stream is zeros. With AVX512-VBMI 64 such windows are picked out of the stream at once and the table lies in four
@@ -38,7 +38,8 @@ struct Places {
     alignas(64) uint8_t bytes[64], shifts[64];
     constexpr Places() : bytes(), shifts() {
         for (int i = 0; i < 64; i++) {
-            bytes[i] = uint8_t((63 - 4 * BITS * UNITS + BITS * (i / 8) + i % 8) % 64), shifts[i] = uint8_t(BITS * (i % 8 + 1));
+            bytes[i] = uint8_t((63 - 4 * BITS * UNITS + BITS * (i / 8) + i % 8) % 64);
+            shifts[i] = uint8_t(BITS * (i % 8 + 1));
         }
     }
 };
@@ -112,8 +113,9 @@ struct NarrowWindows {
         uint32_t own = 0;
         std::memcpy(&own, from, BITS);
         const uint64_t word = uint64_t(own) << 8 | before;
+        const __m128i shifts = _mm_setr_epi32(BITS, 2 * BITS, 3 * BITS, 4 * BITS);
         __m256i index = _mm256_setr_m128i(_mm_set1_epi32(int32_t(word)), _mm_set1_epi32(int32_t(word >> 4 * BITS)));
-        index = _mm256_srlv_epi32(index, _mm256_setr_epi32(BITS, 2 * BITS, 3 * BITS, 4 * BITS, BITS, 2 * BITS, 3 * BITS, 4 * BITS));
+        index = _mm256_srlv_epi32(index, _mm256_setr_m128i(shifts, shifts));
         return _mm256_i32gather_ps(table, _mm256_and_si256(index, _mm256_set1_epi32(255)), 4);
     }
 };
