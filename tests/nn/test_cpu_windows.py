@@ -186,7 +186,7 @@ def test_a_whole_block_takes_a_token_in_one_call(int8: bool) -> None:
     """Blocks of layers along a trellis, one integer layer among them."""
     model, other = (tiny_model("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2) for _ in range(2))
     for each in (model, other):
-        compress.RTN(bits=3, group_size=64, grid="trellis")(each)
+        compress.RTN(bits=4, group_size=64, grid="trellis")(each)
         up = each.model.layers[0].mlp.up_proj
         spec = QuantSpec(4, 64)
         scale, zero = find_params(up.dequantize(), spec)
