@@ -65,27 +65,33 @@ int64_t bytes_ahead(int64_t block) { return (AHEAD + block - 1) / block * block;
             for (int m = 0; m < MANY; m++) total[r][m] = LEVEL::zeros();                                               \
         const uint8_t* from = w.packed + row * w.row_bytes;                                                            \
         const float* at = x;                                                                                           \
-        typename LEVEL::Vector found[2 * UNITS];                                                                       \
+        constexpr int ONCE = CODES::once;                                                                              \
+        typename LEVEL::Vector found[2 * ONCE];                                                                        \
         for (int64_t g = 0; g < w.groups; g++)                                                                         \
-            for (int64_t p = 0; p < parts; p++, from += CODES::bytes * UNITS, at += 32 * UNITS) {                      \
+            for (int64_t p = 0; p < parts; p++) {                                                                      \
                 typename LEVEL::Vector part[ROWS][2];                                                                  \
                 for (int r = 0; r < ROWS; r++) part[r][0] = part[r][1] = LEVEL::zeros();                               \
                 for (int r = 0; r < ROWS; r++) _mm_prefetch((const char*)from + r * w.row_bytes + ahead, _MM_HINT_T0); \
-                _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {                                               \
-                    codes.template read<UNITS>(from + r * w.row_bytes, at == x, found);                                \
-                    const typename LEVEL::Vector scale = LEVEL::all(scales[r * w.groups + g]);                         \
-                    _Pragma("GCC unroll 4") for (int u = 0; u < 2 * UNITS; u++) {                                      \
+                _Pragma("GCC unroll 4") for (int u = 0; u < UNITS; u += ONCE, from += CODES::bytes * ONCE, at += 32 * ONCE) { \
+                    _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {                                           \
+                        codes.template read<ONCE>(from + r * w.row_bytes, at == x, found);                             \
                         if (MANY == 1) {                                                                               \
-                            part[r][u % 2] = LEVEL::fma(found[u], LEVEL::load(at + 16 * u), part[r][u % 2]);           \
+                            _Pragma("GCC unroll 4") for (int v = 0; v < 2 * ONCE; v++)                                 \
+                                part[r][v % 2] = LEVEL::fma(found[v], LEVEL::load(at + 16 * v), part[r][v % 2]);       \
                             continue;                                                                                  \
                         }                                                                                              \
-                        found[u] = LEVEL::fma(found[u], scale, LEVEL::zeros());                                        \
-                        _Pragma("GCC unroll 8") for (int m = 0; m < MANY; m++)                                         \
-                            total[r][m] = LEVEL::fma(found[u], LEVEL::load(at + m * stride + 16 * u), total[r][m]);    \
+                        const typename LEVEL::Vector scale = LEVEL::all(scales[r * w.groups + g]);                     \
+                        for (int v = 0; v < 2 * ONCE; v++) found[v] = LEVEL::fma(found[v], scale, LEVEL::zeros());     \
+                        _Pragma("GCC unroll 4") for (int v = 0; v < 2 * ONCE; v++)                                     \
+                            _Pragma("GCC unroll 8") for (int m = 0; m < MANY; m++)                                     \
+                                total[r][m] = LEVEL::fma(found[v], LEVEL::load(at + m * stride + 16 * v), total[r][m]); \
                     }                                                                                                  \
-                    if (MANY == 1)                                                                                     \
-                        total[r][0] = LEVEL::fma(part[r][0], scale, LEVEL::fma(part[r][1], scale, total[r][0]));       \
                 }                                                                                                      \
+                if (MANY == 1)                                                                                         \
+                    for (int r = 0; r < ROWS; r++) {                                                                   \
+                        const typename LEVEL::Vector scale = LEVEL::all(scales[r * w.groups + g]);                     \
+                        total[r][0] = LEVEL::fma(part[r][0], scale, LEVEL::fma(part[r][1], scale, total[r][0]));       \
+                    }                                                                                                  \
             }                                                                                                          \
         for (int r = 0; r < ROWS; r++)                                                                                 \
             for (int m = 0; m < MANY; m++) {                                                                           \

@@ -119,7 +119,7 @@ struct Wide {  // AVX-512
         AVX512 static void in_order(Vector* them) {
             for (int u = 0; u < UNITS; u++) Level::in_order<BITS>(them[2 * u], them[2 * u + 1]);
         }
-        static constexpr int bytes = 4 * BITS;  // of 32 columns
+        static constexpr int bytes = 4 * BITS, once = 1;  // of 32 columns, and how many of these a product reads at once
     };
 
   private:
@@ -213,7 +213,7 @@ struct Narrow {  // AVX2: two registers for 16 floats
         AVX2 static void in_order(Vector* them) {
             for (int u = 0; u < UNITS; u++) Level::in_order<BITS>(them[2 * u], them[2 * u + 1]);
         }
-        static constexpr int bytes = 4 * BITS;  // of 32 columns
+        static constexpr int bytes = 4 * BITS, once = 1;  // of 32 columns, and how many of these a product reads at once
     };
 };
 

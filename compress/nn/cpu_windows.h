@@ -74,7 +74,7 @@ struct WindowsOfHalfBytes {
 template <int BITS, int UNITS>
 struct WideWindows {
     using Level = Wide;
-    static constexpr int bytes = 4 * BITS;
+    static constexpr int bytes = 4 * BITS, once = UNITS;
     Bytes table;
     Windows<BITS, UNITS> windows;
     VBMI explicit WideWindows(const Layer& w) : table(w.table->numbers) {}
@@ -97,7 +97,7 @@ struct WideWindows {
 template <int BITS>
 struct NarrowWindows {
     using Level = Narrow;
-    static constexpr int bytes = 4 * BITS;
+    static constexpr int bytes = 4 * BITS, once = 1;
     const float* table;
     AVX2 explicit NarrowWindows(const Layer& w) : table(w.table->floats) {}
     template <int UNITS>
