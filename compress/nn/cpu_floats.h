@@ -143,12 +143,12 @@ constexpr int ROWS = 4;
             for (const int64_t end = c + group; c < end; from += CODES::bytes * UNITS) {                               \
                 codes.template read<UNITS>(from, c == 0, found);                                                       \
                 CODES::template in_order<UNITS>(found);                                                                \
-                _Pragma("GCC unroll 4") for (int u = 0; u < 2 * UNITS; u++, c += 16) {                                 \
-                    found[u] = LEVEL::fma(found[u], by, less);                                                         \
+                for (int u = 0; u < 2 * UNITS; u++) found[u] = LEVEL::fma(found[u], by, less);                         \
+                _Pragma("GCC unroll 2") for (int u = 0; u < 2 * UNITS; u += 2, c += 32) {                              \
                     if (kind == FLOAT32)                                                                               \
-                        LEVEL::store((float*)out + c, found[u]);                                                       \
+                        LEVEL::store((float*)out + c, found[u], found[u + 1]);                                         \
                     else                                                                                               \
-                        LEVEL::store((uint16_t*)out + c, found[u]);                                                    \
+                        LEVEL::store((uint16_t*)out + c, found[u], found[u + 1]);                                      \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \

@@ -55,11 +55,11 @@ struct Wide {  // AVX-512
     AVX512 static Vector zeros() { return _mm512_setzero_ps(); }
     AVX512 static Vector all(float value) { return _mm512_set1_ps(value); }
     AVX512 static Vector load(const float* from) { return _mm512_loadu_ps(from); }
-    AVX512 static void store(float* to, Vector value) { _mm512_storeu_ps(to, value); }
-    AVX512 static void store(uint16_t* to, Vector value) {  // to bfloat16, to nearest, ties to even
-        const __m512i wide = _mm512_castps_si512(value), odd = _mm512_srli_epi32(wide, 16);
-        const __m512i up = _mm512_add_epi32(_mm512_and_si512(odd, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
-        _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(wide, up), 16)));
+    AVX512 static void store(float* to, Vector a, Vector b) { _mm512_storeu_ps(to, a), _mm512_storeu_ps(to + 16, b); }
+    AVX512 static void store(uint16_t* to, Vector a, Vector b) {  // to bfloat16
+        const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                               23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded(a), upper, rounded(b)));
     }
     AVX512 static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
     AVX512 static float sum(Vector value) { return _mm512_reduce_add_ps(value); }
@@ -123,6 +123,11 @@ struct Wide {  // AVX-512
     };
 
   private:
+    AVX512 static __m512i rounded(Vector value) {  // bfloat16 in the upper halves: to nearest, ties to even
+        const __m512i wide = _mm512_castps_si512(value), odd = _mm512_srli_epi32(wide, 16);
+        const __m512i up = _mm512_add_epi32(_mm512_and_si512(odd, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+        return _mm512_add_epi32(wide, up);
+    }
     AVX512 static __m512i words(const uint8_t* from) {  // two words, in turn
         return _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i*)from));
     }
@@ -147,11 +152,18 @@ struct Narrow {  // AVX2: two registers for 16 floats
     AVX2 static Vector zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     AVX2 static Vector all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
     AVX2 static Vector load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
-    AVX2 static void store(float* to, Vector v) { _mm256_storeu_ps(to, v.a), _mm256_storeu_ps(to + 8, v.b); }
-    AVX2 static void store(uint16_t* to, Vector v) {
-        alignas(32) float plain[16];
-        _mm256_store_ps(plain, v.a), _mm256_store_ps(plain + 8, v.b);
-        for (int i = 0; i < 16; i++) to[i] = to_bfloat16(plain[i]);
+    AVX2 static void store(float* to, Vector v, Vector w) {
+        _mm256_storeu_ps(to, v.a), _mm256_storeu_ps(to + 8, v.b), _mm256_storeu_ps(to + 16, w.a), _mm256_storeu_ps(to + 24, w.b);
+    }
+    AVX2 static void store(uint16_t* to, Vector v, Vector w) { store(to, v), store(to + 16, w); }
+    AVX2 static void store(uint16_t* to, Vector v) {  // to bfloat16
+        const __m256i both = _mm256_packus_epi32(rounded(v.a), rounded(v.b));
+        _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(both, 0xD8));
+    }
+    AVX2 static __m256i rounded(__m256 value) {  // to nearest, ties to even
+        const __m256i wide = _mm256_castps_si256(value), odd = _mm256_srli_epi32(wide, 16);
+        const __m256i up = _mm256_add_epi32(_mm256_and_si256(odd, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+        return _mm256_srli_epi32(_mm256_add_epi32(wide, up), 16);
     }
     AVX2 static Vector fma(Vector x, Vector y, Vector z) {
         return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
