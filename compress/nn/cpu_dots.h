@@ -35,7 +35,7 @@ struct IntegersInt8 {
     OF(VNNI) explicit IntegersInt8(const Layer&) {}
     OF(VNNI) static Sum begin(const int32_t*) { return _mm256_setzero_si256(); }
     OF(VNNI) static Total zeros() { return _mm256_setzero_ps(); }
-    OF(VNNI) Sum add(const uint8_t* from, bool, const X* x, Sum sum) const {
+    OF(VNNI) Sum add(const uint8_t* from, int64_t, const X* x, Sum sum) const {
         const __m256i codes = _mm256_loadu_si256((const __m256i*)from), mask = _mm256_set1_epi8(char((1 << BITS) - 1));
 #pragma GCC unroll 4
         for (int way = 0; way < ways; way++) {
@@ -72,9 +72,9 @@ struct WindowsInt8 {
         return sum;
     }
     OF(VNNI) static Total zeros() { return _mm512_setzero_ps(); }
-    OF(VNNI ",avx512vbmi") Sum add(const uint8_t* from, bool start, const X* x, Sum sum) const {
+    OF(VNNI ",avx512vbmi") Sum add(const uint8_t* from, int64_t into, const X* x, Sum sum) const {
         __m512i found[WINDOWS::count];
-        windows.at(from, start, found);
+        windows.at(from, into, found);
 #pragma GCC unroll 2
         for (int v = 0; v < WINDOWS::count; v++) {
             found[v] = table.at(found[v]);
@@ -136,7 +136,7 @@ struct IntegersHalves : InHalves {
     static constexpr int ways = 8 / BITS, columns = 32 * ways, bytes = 32;
     __m512i table;
     OF(HALVES) explicit IntegersHalves(const Layer&) : table(_mm512_load_si512(numbers.table)) {}
-    OF(HALVES) Sum add(const uint8_t* from, bool, const X* x, Sum sum) const {
+    OF(HALVES) Sum add(const uint8_t* from, int64_t, const X* x, Sum sum) const {
         const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
 #pragma GCC unroll 4
         for (int way = 0; way < ways; way++) {
@@ -157,7 +157,7 @@ struct IntegersHalves : InHalves {
         const CODES codes(w);                                                                                          \
         const int64_t parts = w.columns / share, units = share / CODES::columns, group = w.columns / w.groups;         \
         const int64_t step = w.row_bytes;                                                                              \
-        const uint8_t *from = w.packed + row * step, *soon = from + bytes_ahead(ROWS_NOW * step);                      \
+        const uint8_t *const begin = w.packed + row * step, *from = begin, *soon = from + bytes_ahead(ROWS_NOW * step); \
         const auto* x = (const typename CODES::X*)input;                                                               \
         typename CODES::Total total[ROWS_NOW];                                                                         \
         for (int r = 0; r < ROWS_NOW; r++) total[r] = CODES::zeros();                                                  \
@@ -167,7 +167,7 @@ struct IntegersHalves : InHalves {
             for (int64_t u = 0; u < units; u++, from += CODES::bytes, soon += CODES::bytes, x += CODES::columns)       \
                 _Pragma("GCC unroll 4") for (int r = 0; r < ROWS_NOW; r++) {                                           \
                     _mm_prefetch((const char*)soon + r * step, _MM_HINT_T0);                                           \
-                    sum[r] = codes.add(from + r * step, x == input, x, sum[r]);                                        \
+                    sum[r] = codes.add(from + r * step, from - begin, x, sum[r]);                                      \
                 }                                                                                                      \
             _Pragma("GCC unroll 4") for (int r = 0; r < ROWS_NOW; r++)                                                 \
                 total[r] = CODES::scaled(sum[r], by[r * parts + p], total[r]);                                         \

@@ -63,7 +63,7 @@ int64_t bytes_ahead(int64_t block) { return (AHEAD + block - 1) / block * block;
         typename LEVEL::Vector total[ROWS][MANY];                                                                      \
         for (int r = 0; r < ROWS; r++)                                                                                 \
             for (int m = 0; m < MANY; m++) total[r][m] = LEVEL::zeros();                                               \
-        const uint8_t* from = w.packed + row * w.row_bytes;                                                            \
+        const uint8_t *const begin = w.packed + row * w.row_bytes, *from = begin;                                      \
         const float* at = x;                                                                                           \
         constexpr int ONCE = CODES::once;                                                                              \
         typename LEVEL::Vector found[2 * ONCE];                                                                        \
@@ -74,7 +74,7 @@ int64_t bytes_ahead(int64_t block) { return (AHEAD + block - 1) / block * block;
                 for (int r = 0; r < ROWS; r++) _mm_prefetch((const char*)from + r * w.row_bytes + ahead, _MM_HINT_T0); \
                 _Pragma("GCC unroll 4") for (int u = 0; u < UNITS; u += ONCE, from += CODES::bytes * ONCE, at += 32 * ONCE) { \
                     _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {                                           \
-                        codes.template read<ONCE>(from + r * w.row_bytes, at == x, found);                             \
+                        codes.template read<ONCE>(from + r * w.row_bytes, from - begin, found);                        \
                         if (MANY == 1) {                                                                               \
                             _Pragma("GCC unroll 4") for (int v = 0; v < 2 * ONCE; v++)                                 \
                                 part[r][v % 2] = LEVEL::fma(found[v], LEVEL::load(at + 16 * v), part[r][v % 2]);       \
@@ -134,14 +134,14 @@ constexpr int ROWS = 4;
         using LEVEL = typename CODES::Level;                                                                           \
         const CODES codes(w);                                                                                          \
         const int64_t group = w.columns / w.groups;                                                                    \
-        const uint8_t* from = w.packed + row * w.row_bytes;                                                            \
+        const uint8_t *const begin = w.packed + row * w.row_bytes, *from = begin;                                      \
         int64_t c = 0;                                                                                                 \
         for (int64_t g = 0; g < w.groups; g++) {                                                                       \
             const float zero = w.zero ? w.zero[row * w.groups + g] : 0.0f;                                             \
             const typename LEVEL::Vector by = LEVEL::all(scales[g]), less = LEVEL::all(-zero * scales[g]);             \
             typename LEVEL::Vector found[2 * UNITS];                                                                   \
             for (const int64_t end = c + group; c < end; from += CODES::bytes * UNITS) {                               \
-                codes.template read<UNITS>(from, c == 0, found);                                                       \
+                codes.template read<UNITS>(from, from - begin, found);                                                 \
                 CODES::template in_order<UNITS>(found);                                                                \
                 for (int u = 0; u < 2 * UNITS; u++) found[u] = LEVEL::fma(found[u], by, less);                         \
                 _Pragma("GCC unroll 2") for (int u = 0; u < 2 * UNITS; u += 2, c += 32) {                              \

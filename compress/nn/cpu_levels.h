@@ -110,9 +110,9 @@ struct Wide {  // AVX-512
     struct Codes {
         using Level = Wide;
         AVX512 explicit Codes(const Layer&) {}
-        // 32 * UNITS columns as floats, in the order of `place`; `start`: whether the row begins here.
+        // 32 * UNITS columns as floats, in the order of `place`. The second: how many bytes into the row.
         template <int UNITS>
-        AVX512 void read(const uint8_t* from, bool, Vector* to) const {
+        AVX512 void read(const uint8_t* from, int64_t, Vector* to) const {
             for (int u = 0; u < UNITS; u++) codes<BITS>(from + 4 * BITS * u, to[2 * u], to[2 * u + 1]);
         }
         template <int UNITS>
@@ -216,9 +216,9 @@ struct Narrow {  // AVX2: two registers for 16 floats
     struct Codes {
         using Level = Narrow;
         AVX2 explicit Codes(const Layer&) {}
-        // 32 * UNITS columns as floats, in the order of `place`; `start`: whether the row begins here.
+        // 32 * UNITS columns as floats, in the order of `place`. The second: how many bytes into the row.
         template <int UNITS>
-        AVX2 void read(const uint8_t* from, bool, Vector* to) const {
+        AVX2 void read(const uint8_t* from, int64_t, Vector* to) const {
             for (int u = 0; u < UNITS; u++) codes<BITS>(from + 4 * BITS * u, to[2 * u], to[2 * u + 1]);
         }
         template <int UNITS>

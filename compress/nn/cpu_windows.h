@@ -50,10 +50,15 @@ struct Windows {
     static constexpr Places<BITS, UNITS> places{};
     __m512i bytes, shifts;
     VBMI Windows() : bytes(_mm512_load_si512(places.bytes)), shifts(_mm512_load_si512(places.shifts)) {}
-    // Of 32 * UNITS columns; with one unit, 32 of the windows mean nothing. What is loaded ends where they do.
-    VBMI void at(const uint8_t* from, bool start, __m512i* to) const {
-        const __mmask64 wanted = ~uint64_t(0) << (start ? 64 - bytes_of : 63 - bytes_of);
-        const __m512i loaded = _mm512_maskz_loadu_epi8(wanted, from + bytes_of - 64);
+    // Of 32 * UNITS columns, `into` bytes into the row; with one unit, 32 of the windows mean nothing. What is loaded ends
+    // where they do. A mask where there is no need for one takes longer than all else where rows are stored meanwhile.
+    VBMI void at(const uint8_t* from, int64_t into, __m512i* to) const {
+        const uint8_t* begin = from + bytes_of - 64;
+        __m512i loaded;
+        if (into == 0 || into < 64 - bytes_of)
+            loaded = _mm512_maskz_loadu_epi8(~uint64_t(0) << (into ? 63 - bytes_of : 64 - bytes_of), begin);
+        else
+            loaded = _mm512_loadu_si512(begin);
         *to = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, loaded));
     }
 };
@@ -63,9 +68,9 @@ struct Windows {
 // the table's look-up does.
 struct WindowsOfHalfBytes {
     static constexpr int columns = 128, bytes_of = 64, count = 2;
-    VBMI void at(const uint8_t* from, bool start, __m512i* to) const {
+    VBMI void at(const uint8_t* from, int64_t into, __m512i* to) const {
         to[1] = _mm512_loadu_si512(from);
-        const __m512i before = _mm512_maskz_loadu_epi8(~uint64_t(start), from - 1);
+        const __m512i before = into ? _mm512_loadu_si512(from - 1) : _mm512_maskz_loadu_epi8(~uint64_t(1), from - 1);
         const __m512i newer = _mm512_slli_epi16(to[1], 4), older = _mm512_srli_epi16(before, 4);
         to[0] = _mm512_ternarylogic_epi64(_mm512_set1_epi8(char(0xF0)), newer, older, 0xCA);  // by bits: newer or older
     }
@@ -79,9 +84,9 @@ struct WideWindows {
     Windows<BITS, UNITS> windows;
     VBMI explicit WideWindows(const Layer& w) : table(w.table->numbers) {}
     template <int>
-    VBMI void read(const uint8_t* from, bool start, __m512* to) const {
+    VBMI void read(const uint8_t* from, int64_t into, __m512* to) const {
         __m512i found;
-        windows.at(from, start, &found);
+        windows.at(from, into, &found);
         found = table.at(found);
         to[0] = floats(_mm512_castsi512_si128(found)), to[1] = floats(_mm512_extracti32x4_epi32(found, 1));
         if (UNITS == 1) return;
@@ -101,9 +106,9 @@ struct NarrowWindows {
     const float* table;
     AVX2 explicit NarrowWindows(const Layer& w) : table(w.table->floats) {}
     template <int UNITS>
-    AVX2 void read(const uint8_t* from, bool start, Pair* to) const {
+    AVX2 void read(const uint8_t* from, int64_t into, Pair* to) const {
         for (int i = 0; i < 2 * UNITS; i++, from += 2 * BITS)
-            to[i] = {eight(from, start && i == 0 ? 0 : from[-1]), eight(from + BITS, from[BITS - 1])};
+            to[i] = {eight(from, into || i ? from[-1] : 0), eight(from + BITS, from[BITS - 1])};
     }
     template <int UNITS>
     AVX2 static void in_order(Pair*) {}
