@@ -25,6 +25,8 @@ from compress.nn.quant_linear import MULTIPLES, QuantLinear
 
 #: How far, in steps of the grid, a weight may lie from its code to start with: half a step is the border.
 _EDGE = 0.45
+#: Where the gradient ends, in half steps of the trellis: four standard deviations of what rounding changes.
+_AWAY = 4.0
 #: How far from its number, in units of the scale, a weight on a trellis may be meant to lie: four standard deviations.
 _NEAR = 4.0
 
@@ -193,20 +195,22 @@ class WeightTrained(_TrainedGrid):
 
 
 class _OnTrellis(torch.autograd.Function):  # type: ignore[misc]
-    """The weight of rows on a trellis, `numbers * scale`; the gradient passes over the rounding of `steps`."""
+    """The weight of rows on a trellis, `numbers * scale`; the gradient passes over the rounding of `steps`, as far as
+    they are not `_AWAY` from what they became: a grid's end stops weights there, and a trellis has none."""
 
     @staticmethod
     def forward(ctx: Any, steps: Tensor, scale: Tensor, bits: int) -> Tensor:
         _, numbers = trellis.round_rows(steps, bits)
-        ctx.save_for_backward(scale, numbers.half())  # exact: multiples of 1/32 below 4
+        near = (steps - numbers).abs() < _AWAY / 2**bits
+        ctx.save_for_backward(scale, numbers.half(), near)  # exact: multiples of 1/32 below 4
         return _weight(numbers.unflatten(1, (scale.shape[1], -1)), scale, None, QuantSpec(bits))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        scale, numbers = ctx.saved_tensors
+        scale, numbers, near = ctx.saved_tensors
         gradient = upstream[0].float().unflatten(1, (scale.shape[1], -1))
         to_scale = torch.linalg.vecdot(gradient, numbers.float().view_as(gradient))
-        return (gradient * scale.unsqueeze(2)).flatten(1), to_scale, None
+        return (gradient * scale.unsqueeze(2)).flatten(1).mul_(near), to_scale, None
 
 
 class RowTrained(_TrainedGrid):
