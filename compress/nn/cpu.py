@@ -154,6 +154,7 @@ def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
     """x [..., in] times the packed weight, sums in float32: [..., out] in the dtype of x. `level`: the most to use.
 
     With `layer.int8_inputs`, fewer than `MANY` tokens are rounded to int8, a step for each group, where it `rounds`.
+    Along a trellis, few tokens become whole numbers of 23 bits, or of 15 if they are bfloat16, see `cpu.cpp`.
     """
     told, found = layer.prepared, library()
     assert isinstance(told, Prepared)
