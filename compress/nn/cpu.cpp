@@ -2,10 +2,15 @@
 //
 // W is stored as `maths/packing.py` has it: a row is one stream of codes of 2, 3, 4 or 8 bits, lowest bit first, plus an
 // offset of 2^(bits-1); groups of neighbouring columns share a scale, and a zero point where the grid is not symmetric.
+// Along a trellis, what a code stands for is looked up at the 8 bits of the stream that end with it.
 // Codes become floats in registers, 32 at a time: with AVX-512 by a look-up among 16 floats, with AVX2 by conversion; with
 // inputs in bfloat16 and 2 or 4 bits, bfloat16, where the processor multiplies that (AVX512-BF16), which is as exact.
+// With codes along a trellis, where the processor multiplies int8 (AVX512-VNNI) and looks up so large a table
+// (AVX512-VBMI), inputs become whole numbers with a step for each 128 columns, of 23 bits, or of 15 for bfloat16: the sums
+// of these are exact, and their rounding is below that of float32 sums, or of the result in bfloat16.
 // Sums are taken in float32 within a group, times the scale, over the groups in order: results do not depend on the
-// number of threads. Activations are rounded to int8 where that is asked for, and never otherwise.
+// number of threads. Activations are rounded to int8 where that is asked for, and never
+// otherwise.
 //
 // Plain C interface and no dependency: loaded by ctypes. OpenMP's symbols are left open when this is linked, so that
 // torch's own threads are used and not a second set of them.
@@ -22,25 +27,6 @@ int compress_level() {
     return level();
 #else
     return 0;
-// Codes int8 and the table's numbers (or null) of x [rows, columns]: for each row the path of the least sum of
-// weights[column] (null: 1) times squared error. table: 256 numbers. bits: 2, 3 or 4.
-void compress_trellis_round(const float* x, const float* weights, int64_t rows, int64_t columns, int32_t bits,
-                            const float* table, int8_t* codes, float* values, int32_t threads, int32_t at_most) {
-    const bool wide = level() == 2 && at_most >= 2;
-    const auto run = bits == 2 ? trellis::round<2> : bits == 3 ? trellis::round<3> : trellis::round<4>;
-    run(x, weights, rows, columns, table, codes, values, threads, wide);
-}
-
-// The same with feedback: work, target, scale [rows, columns], upper [columns, columns], pivots [columns]; begin: the node
-// that each row's path starts in, and then ends in.
-void compress_trellis_settle(const float* work, const float* target, const float* scale, const float* upper,
-                             const float* pivots, int64_t rows, int64_t columns, int32_t bits, const float* table,
-                             int32_t* begin, int8_t* codes, float* values, int32_t threads, int32_t at_most) {
-    const bool wide = level() == 2 && at_most >= 2;
-    const auto run = bits == 2 ? trellis::settle<2> : bits == 3 ? trellis::settle<3> : trellis::settle<4>;
-    run(work, target, scale, upper, pivots, rows, columns, table, begin, codes, values, threads, wide);
-}
-
 #endif
 }
 
@@ -50,25 +36,15 @@ int compress_int8() {
     return has_vnni();
 #else
     return 0;
-// Codes int8 and the table's numbers (or null) of x [rows, columns]: for each row the path of the least sum of
-// weights[column] (null: 1) times squared error. table: 256 numbers. bits: 2, 3 or 4.
-void compress_trellis_round(const float* x, const float* weights, int64_t rows, int64_t columns, int32_t bits,
-                            const float* table, int8_t* codes, float* values, int32_t threads, int32_t at_most) {
-    const bool wide = level() == 2 && at_most >= 2;
-    const auto run = bits == 2 ? trellis::round<2> : bits == 3 ? trellis::round<3> : trellis::round<4>;
-    run(x, weights, rows, columns, table, codes, values, threads, wide);
+#endif
 }
 
-// The same with feedback: work, target, scale [rows, columns], upper [columns, columns], pivots [columns]; begin: the node
-// that each row's path starts in, and then ends in.
-void compress_trellis_settle(const float* work, const float* target, const float* scale, const float* upper,
-                             const float* pivots, int64_t rows, int64_t columns, int32_t bits, const float* table,
-                             int32_t* begin, int8_t* codes, float* values, int32_t threads, int32_t at_most) {
-    const bool wide = level() == 2 && at_most >= 2;
-    const auto run = bits == 2 ? trellis::settle<2> : bits == 3 ? trellis::settle<3> : trellis::settle<4>;
-    run(work, target, scale, upper, pivots, rows, columns, table, begin, codes, values, threads, wide);
-}
-
+// Whether codes along a trellis are looked up in registers on this processor, as products with inputs in int8 need it.
+int compress_vbmi() {
+#if HAS_X86
+    return level() && has_vbmi();
+#else
+    return 0;
 #endif
 }
 
@@ -122,7 +98,7 @@ void compress_step(const Block* block, const Step* step) {
 void compress_expand(const Layer* layer, int64_t first, int64_t last, void* out, int32_t kind, int32_t threads,
                      int32_t at_most) {
     const Layer& w = *layer;
-    Expand run = expansion(w.bits, level() == 2 && at_most >= 2);
+    const Expand run = FOR_LAYER(expansion, w, level() == 2 && at_most >= 2);
     const int64_t size = kind == FLOAT32 ? 4 : 2;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = first; row < last; row++) {
