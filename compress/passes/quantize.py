@@ -85,10 +85,13 @@ class Quantize(Pass):
 
     def _training(self) -> dict[str, Any]:
         """Coarse grids of integers take larger steps. On a trellis a weight that moves takes its neighbours along: more
-        and smaller steps. See the log of benchmarks."""
+        and smaller steps; there scales and norms are worth more, and their noise is to stay below that of rounding,
+        which halves with each bit. See the log of benchmarks."""
         if self.on_trellis:
-            rates = {"learning_rate": 3.5e-3, "scale_learning_rate": 1e-2, "norm_learning_rate": 1e-2}
-            return {**rates, "batch_size": 4}
+            beside = 4e-2 / 2**self.bits
+            return {
+                "learning_rate": 3.5e-3, "scale_learning_rate": beside, "norm_learning_rate": beside, "batch_size": 4,
+            }  # fmt: skip
         return {"learning_rate": 2e-2 if self.bits != 4 else 1e-2}
 
     @property
