@@ -32,8 +32,8 @@ from compress.maths.trellis_tables import TABLES, UNIT
 BITS, WINDOW = tuple(TABLES), 8
 #: How often scales are fitted to the numbers that rounding chose, and rounding done anew.
 FITS = 5
-#: Weights whose costs are in memory at once, where there is no compiled code for it.
-_AT_ONCE = 1 << 14
+#: Weights whose paths are in memory at once, where there is no compiled code for it.
+AT_ONCE = 1 << 18
 
 
 @cache
@@ -101,7 +101,7 @@ def find_scales(grouped: Tensor, bits: int, search: bool, importance: Tensor | N
     """Scale `[rows, groups]` for weights `[rows, groups, size]`: each group's root mean square, with `search` fitted to
     what rounding makes of the row, by least squares (`importance` `[groups, size]` weighs the columns)."""
     scale = grouped.square().mean(2).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale) * torch.finfo(torch.float16).smallest_normal)
+    scale = scale.masked_fill(scale == 0, torch.finfo(torch.float16).smallest_normal)
     weights = None if importance is None else importance / importance.mean().clamp(min=1e-30)
     for _ in range(FITS if search else 0):
         steps = (grouped / scale.unsqueeze(2)).flatten(1)
@@ -114,7 +114,7 @@ def find_scales(grouped: Tensor, bits: int, search: bool, importance: Tensor | N
 
 
 def _few(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _AT_ONCE // max(1, columns) * 16)
+    step = max(1, AT_ONCE // max(1, columns))
     return (slice(first, first + step) for first in range(0, rows, step))
 
 
@@ -130,14 +130,15 @@ def _cheapest(x: Tensor, bits: int, weights: Tensor | None) -> Tensor:
         if weights is not None:
             error *= weights[column]
         costs, origin = (error + costs[:, before]).unflatten(1, (nodes, -1)).min(2)
-        origins.append(origin)
+        origins.append(origin.to(torch.uint8))
     return _traced(costs, origins, bits)[0]
 
 
 def _traced(costs: Tensor, origins: list[Tensor], bits: int) -> tuple[Tensor, Tensor]:
     """Codes int8 `[rows, columns]` of the cheapest path, and the node that it ends in.
 
-    costs: the last, `[rows, nodes]`. origins: for each column, the oldest bits of the window that leads to each node.
+    costs: the last, `[rows, nodes]`. origins: for each column uint8 `[rows, nodes]`, the oldest bits of the window
+    that leads to each node.
     """
     last = node = costs.argmin(1)
     codes = []
@@ -167,7 +168,7 @@ def _settled(
         from_node = window & (nodes - 1)
         paths = paths.gather(1, from_node.unsqueeze(2).expand_as(paths)) + change.unsqueeze(2) * upper[column]
         started = started.gather(1, from_node)
-        origins.append(origin)
+        origins.append(origin.to(torch.uint8))
     codes, last = _traced(costs, origins, bits)
     stream = _after(started.gather(1, last.unsqueeze(1)), codes, bits)
     return codes, table[stream], last.to(torch.int32)

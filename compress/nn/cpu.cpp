@@ -22,25 +22,6 @@ int compress_level() {
     return level();
 #else
     return 0;
-// Codes int8 and the table's numbers (or null) of x [rows, columns]: for each row the path of the least sum of
-// weights[column] (null: 1) times squared error. table: 256 numbers. bits: 2, 3 or 4.
-void compress_trellis_round(const float* x, const float* weights, int64_t rows, int64_t columns, int32_t bits,
-                            const float* table, int8_t* codes, float* values, int32_t threads, int32_t at_most) {
-    const bool wide = level() == 2 && at_most >= 2;
-    const auto run = bits == 2 ? trellis::round<2> : bits == 3 ? trellis::round<3> : trellis::round<4>;
-    run(x, weights, rows, columns, table, codes, values, threads, wide);
-}
-
-// The same with feedback: work, target, scale [rows, columns], upper [columns, columns], pivots [columns]; begin: the node
-// that each row's path starts in, and then ends in.
-void compress_trellis_settle(const float* work, const float* target, const float* scale, const float* upper,
-                             const float* pivots, int64_t rows, int64_t columns, int32_t bits, const float* table,
-                             int32_t* begin, int8_t* codes, float* values, int32_t threads, int32_t at_most) {
-    const bool wide = level() == 2 && at_most >= 2;
-    const auto run = bits == 2 ? trellis::settle<2> : bits == 3 ? trellis::settle<3> : trellis::settle<4>;
-    run(work, target, scale, upper, pivots, rows, columns, table, begin, codes, values, threads, wide);
-}
-
 #endif
 }
 
@@ -50,25 +31,6 @@ int compress_int8() {
     return has_vnni();
 #else
     return 0;
-// Codes int8 and the table's numbers (or null) of x [rows, columns]: for each row the path of the least sum of
-// weights[column] (null: 1) times squared error. table: 256 numbers. bits: 2, 3 or 4.
-void compress_trellis_round(const float* x, const float* weights, int64_t rows, int64_t columns, int32_t bits,
-                            const float* table, int8_t* codes, float* values, int32_t threads, int32_t at_most) {
-    const bool wide = level() == 2 && at_most >= 2;
-    const auto run = bits == 2 ? trellis::round<2> : bits == 3 ? trellis::round<3> : trellis::round<4>;
-    run(x, weights, rows, columns, table, codes, values, threads, wide);
-}
-
-// The same with feedback: work, target, scale [rows, columns], upper [columns, columns], pivots [columns]; begin: the node
-// that each row's path starts in, and then ends in.
-void compress_trellis_settle(const float* work, const float* target, const float* scale, const float* upper,
-                             const float* pivots, int64_t rows, int64_t columns, int32_t bits, const float* table,
-                             int32_t* begin, int8_t* codes, float* values, int32_t threads, int32_t at_most) {
-    const bool wide = level() == 2 && at_most >= 2;
-    const auto run = bits == 2 ? trellis::settle<2> : bits == 3 ? trellis::settle<3> : trellis::settle<4>;
-    run(work, target, scale, upper, pivots, rows, columns, table, begin, codes, values, threads, wide);
-}
-
 #endif
 }
 

@@ -167,7 +167,7 @@ class RoundingPass(BlockPass):
         """
         if not isinstance(self.bits, BitBudget):
             return self
-        from compress.formats.base import layer_kinds, of_kind
+        from compress.formats.base import grid_of_its_own, layer_kinds, of_kind
         from compress.formats.compressed_tensors import CompressedTensors
 
         for block in model.block_list():  # a group that does not divide is refused before anything is counted
@@ -179,7 +179,7 @@ class RoundingPass(BlockPass):
             name: grids[0 if i else -1] for i, (name, grids) in enumerate(zip(costs.names, costs.grids, strict=True))
         }
         reason = CompressedTensors().refuses(model.dtype, kinds, mixed)
-        if reason and not of_kind("Conv1D", kinds, mixed):
+        if reason and not grid_of_its_own(mixed) and not of_kind("Conv1D", kinds, mixed):
             raise StartError(reason)
         _, filled = limits_of(self.bits, costs)
         return self.allocated({name: self.bits.choices[c] for name, c in zip(costs.names, filled, strict=True)})
