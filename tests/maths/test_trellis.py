@@ -221,7 +221,7 @@ def test_weights_that_are_not_finite_are_refused_in_the_words_of_integer_grids(s
 def test_weights_too_large_for_the_scales_type_are_refused_in_the_words_of_integer_grids():
     for grid in (None, "trellis"):
         with pytest.raises(
-            CompressError, match="does not fit float16, which ends at 6.55e.04: .*load the model in bfl"
+            CompressError, match=r"does not fit float16, which ends at 6.55e.04: .*load the model in bfl"
         ):
             round_to_nearest(1e7 * normal(2, 32), QuantSpec(3, 16, grid=grid))
 
