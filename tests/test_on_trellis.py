@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import compress
+from compress.comparing import benchmark
 from compress.errors import RecipeError, StartError
 from compress.formats.base import Contents
 from compress.formats.compressed_tensors import CompressedTensors
@@ -25,6 +26,7 @@ from compress.nn.trained import ScaleTrained, WeightTrained
 from compress.passes.rtn import round_to_nearest
 from compress.pipeline import run
 from compress.recipe import Recipe
+from compress.reports.headline import headline
 from compress.testing import save_tiny, tiny_model, tiny_tokens
 
 every_width = pytest.mark.parametrize("bits", trellis.BITS)
@@ -243,6 +245,38 @@ def test_embedding_and_head_beside_a_trellis_are_plain_integers():
     ends = {name: specs.pop(name) for name in ("model.embed_tokens", "lm_head")}
     assert [(spec.bits, spec.grid) for spec in ends.values()] == [(4, None), (8, None)]
     assert all(spec.trellis for spec in specs.values())
+
+
+@pytest.mark.parametrize("made", ["trellis", "k-quants", "Conv1D", "packed embedding"])
+def test_the_size_is_that_of_the_folder_that_runs(made, tmp_path):
+    """As predicted, of a stage, in the report of the run and of `compress benchmark`, and for goals."""
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1} if made == "k-quants" else {}
+    folder = save_tiny(tmp_path / "tiny", "gpt2" if made == "Conv1D" else "llama", **wide)
+    options = {
+        "trellis": on_trellis(), "k-quants": {"grid": "gguf-q3_k"}, "Conv1D": {"bits": 3, "group_size": 16},
+        "packed embedding": {"bits": 4, "group_size": 16, "embeddings": 8},
+    }[made]  # fmt: skip
+    values = {
+        "model": str(folder), "passes": [{"rtn": options}], "output": str(tmp_path / "out"),
+        "benchmark": {"metrics": ["weights_bytes", "bits_per_weight"], "goals": {"weights_bytes": "-30%"}},
+    }  # fmt: skip
+    report = run(values)
+    packed_size = (tmp_path / "out/exports/packed/packed.safetensors").stat().st_size
+    unpacked = (tmp_path / "out/model/model.safetensors").stat().st_size
+    assert packed_size < unpacked
+    figure = report.compressed["weights_bytes"]
+    assert figure.value == packed_size == compress.plan(Recipe.from_dict(values)).weights_bytes
+    assert report.stages[0].predicted["weights_bytes"] == packed_size
+    assert figure.detail == {"folder": "exports/packed", "unpacked_bytes": unpacked}
+    bits = report.compressed["bits_per_weight"].value
+    assert bits == pytest.approx(8 * packed_size / sum(p.numel() for p in compress.load(folder).parameters()))
+    assert report.goals[0].met
+    size = report.original["weights_bytes"].value / packed_size
+    words = f"{size:.1f} × smaller (exports/packed, for compress.load; model/ has the weights unpacked)"
+    assert headline(report).startswith(words)
+    again = benchmark([folder, tmp_path / "out"], overrides=["benchmark.metrics=[weights_bytes]"])
+    assert again.compressed["weights_bytes"] == figure
+    assert headline(again).startswith(words)
 
 
 # ------------------------------------------------------------------------------------------ what is refused

@@ -32,8 +32,8 @@ from compress.maths.trellis_tables import TABLES, UNIT
 BITS, WINDOW = tuple(TABLES), 8
 #: How often scales are fitted to the numbers that rounding chose, and rounding done anew.
 FITS = 5
-#: Weights whose paths are in memory at once, where there is no compiled code for it.
-AT_ONCE = 1 << 18
+#: Where there is no compiled code for it: weights whose paths are in memory at once, and those with corrections.
+_AT_ONCE, _CORRECTED_AT_ONCE = 1 << 18, 1 << 16
 
 
 @cache
@@ -68,7 +68,7 @@ def round_rows(x: Tensor, bits: int, weights: Tensor | None = None) -> tuple[Ten
     if cpu_trellis.fits(x):
         return cpu_trellis.round_rows(x, bits, table_of(bits), weights)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    for rows in _few(*x.shape):
+    for rows in _few(x, _AT_ONCE):
         codes[rows] = _cheapest(x[rows], bits, weights)
     return codes, values(codes, bits)
 
@@ -90,7 +90,7 @@ def settle(
     if cpu_trellis.fits(work):
         return cpu_trellis.settle(work, target, scale, upper, pivots, bits, table_of(bits), begin)
     codes, found = torch.empty(work.shape, dtype=torch.int8, device=work.device), torch.empty_like(work)
-    for rows in _few(*work.shape):
+    for rows in _few(work, _CORRECTED_AT_ONCE):
         codes[rows], found[rows], begin[rows] = _settled(
             work[rows], target[rows], scale[rows], upper, pivots, bits, begin[rows]
         )
@@ -113,9 +113,23 @@ def find_scales(grouped: Tensor, bits: int, search: bool, importance: Tensor | N
     return scale
 
 
-def _few(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, AT_ONCE // max(1, columns))
-    return (slice(first, first + step) for first in range(0, rows, step))
+def search_bytes(columns: int, bits: int) -> int:
+    """What finding the best paths of rows takes beside what is rounded: tables of the weights that `find_scales` has at
+    once, and where each path came from: compiled, of 16 rows for each thread, a byte a node."""
+    from compress.maths.grid import CHUNK_ELEMENTS
+    from compress.nn.cpu import library
+
+    nodes, tables = 1 << (WINDOW - bits), 6 * 4 * max(CHUNK_ELEMENTS, columns)
+    if library() is not None:
+        threads: int = torch.get_num_threads()
+        return tables + threads * columns * nodes * 16
+    plain = max(_AT_ONCE, columns) * nodes + 6 * 4 * (1 << WINDOW) * max(1, _AT_ONCE // columns)
+    return tables + max(plain, (4 * 4 + 1) * nodes * _CORRECTED_AT_ONCE)
+
+
+def _few(x: Tensor, at_once: int) -> Iterator[slice]:
+    step = max(1, at_once // max(1, x.shape[1]))
+    return (slice(first, first + step) for first in range(0, len(x), step))
 
 
 def _cheapest(x: Tensor, bits: int, weights: Tensor | None) -> Tensor:
