@@ -155,6 +155,8 @@ class _Rounded(torch.autograd.Function):  # type: ignore[misc]
         weight, scale, zero, kept = ctx.saved_tensors
         steps, offset, inside = _on_grid(weight, scale, zero, ctx.spec, kept)
         gradient = upstream[0].float().view_as(offset)
+        if inside is None:
+            return gradient.view_as(weight), torch.linalg.vecdot(gradient, offset.sub_(steps)), None, None
         to_scale = (gradient * torch.where(inside, offset - steps, offset)).sum(2)
         to_zero = None if zero is None else (gradient * ~inside).sum(2) * _slope(scale, ctx.spec)
         return (gradient * inside).view_as(weight), to_scale, to_zero, None
@@ -208,14 +210,14 @@ def storable_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def _on_grid(
     weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, kept: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """weight / scale, the nearest code less the zero point, and whether the grid reaches that far; [out, G, group].
-    With minima: (weight + minimum) / scale, and codes from 0 on. On a trellis: the numbers that the row's codes stand
-    for, `kept` if they are at hand."""
+    With minima: (weight + minimum) / scale, and codes from 0 on. On a trellis, which has no ends (None): the numbers
+    that the row's codes stand for, `kept` if they are at hand."""
     if spec.trellis:
         steps = weight.view(*scale.shape, -1) / scale.unsqueeze(2)
         numbers = trellis.round_rows(steps.flatten(1), spec.bits)[1] if kept is None else kept.float()
-        return steps, numbers.view_as(steps), torch.ones_like(steps, dtype=torch.bool)
+        return steps, numbers.view_as(steps), None
     if spec.minima and zero is not None:
         steps = (weight.view(*scale.shape, -1) + zero.unsqueeze(2)) / scale.unsqueeze(2)
         nearest, last = steps.round(), 2 * spec.half_range

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from compress.maths.named_grids import TRELLIS
 from compress.passes.autoround import AutoRound
 from compress.passes.base import Pass, PassResult
 from compress.passes.gptq import GPTQ
 from compress.passes.llm_qat import LLMQAT
+from compress.passes.rounding import check_trellis
 from compress.passes.rtn import RTN
 
 if TYPE_CHECKING:
@@ -36,6 +38,13 @@ class Quantize(Pass):
         description="fast: rtn. balanced: autoround. best: gptq, then llm_qat on data.training and on text that the "
         "model writes itself (a third of `tokens`).",
     )
+    grid: Literal["integer", "trellis"] | None = Field(
+        default=None,
+        description="integer: codes that other programs read. trellis: codes whose meaning depends on their "
+        "neighbours, a third less error for the same bytes; compress.load runs them packed, and model/ has them "
+        "unpacked; in place of autoround, `balanced` is gptq there. Where nothing is said: trellis with `best` below 8 "
+        "bits, else integer.",
+    )
     bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits of each weight.")
     group_size: int = Field(
         default=128, description="Neighbouring columns that share a scale; must divide the columns. -1: per channel."
@@ -48,20 +57,38 @@ class Quantize(Pass):
     def _size(cls, value: int) -> int:
         return RTN(group_size=value, targets=None).group_size
 
+    @model_validator(mode="after")
+    def _grid(self) -> Self:
+        if self.grid == "trellis":
+            check_trellis([self.bits], self.symmetric)
+        return self
+
+    @property
+    def on_trellis(self) -> bool:
+        """Whether codes lie on a trellis; a grid with zero points, or of 8 bits, is of integers."""
+        if self.grid is None:
+            return self.preset == "best" and self.bits != 8 and self.symmetric
+        return self.grid == "trellis"
+
     def stands_for(self) -> list[Pass]:
         """The passes that the preset stands for. At 8 bits there is nothing left to train for."""
-        grid: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        form: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        if self.on_trellis:
+            form["grid"] = TRELLIS
         if self.preset == "fast":
-            return [RTN(**grid)]
-        if self.bits == 8:
-            return [GPTQ(**grid)]
-        if self.preset == "balanced":
-            return [AutoRound(**grid)]
-        return [GPTQ(**grid), LLMQAT(tokens=self.tokens, generated=self.tokens // 3, learning_rate=self._rate())]
+            return [RTN(**form)]
+        if self.preset == "balanced" and not self.on_trellis and self.bits != 8:
+            return [AutoRound(**form)]
+        if self.preset == "balanced" or self.bits == 8:
+            return [GPTQ(**form)]
+        return [GPTQ(**form), LLMQAT(tokens=self.tokens, generated=self.tokens // 3, **self._training())]
 
-    def _rate(self) -> float:
-        """Coarse grids take larger steps: see the log of benchmarks."""
-        return 2e-2 if self.bits != 4 else 1e-2
+    def _training(self) -> dict[str, Any]:
+        """Coarse grids of integers take larger steps. On a trellis a weight that moves takes its neighbours along: more
+        and smaller steps. See the log of benchmarks."""
+        if self.on_trellis:
+            return {"learning_rate": 3.5e-3, "batch_size": 4}
+        return {"learning_rate": 2e-2 if self.bits != 4 else 1e-2}
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]

@@ -37,6 +37,15 @@ Grid = Literal[
 ]  # fmt: skip
 
 
+def check_trellis(choices: Sequence[int], symmetric: bool) -> None:
+    """ValueError where the options of a pass ask for what a trellis cannot hold."""
+    wide = [bits for bits in choices if bits not in trellis.BITS]
+    if wide:
+        raise ValueError(f"bits is {wide[0]}, and grid trellis is for {', '.join(map(str, trellis.BITS))} bits")
+    if not symmetric:
+        raise ValueError("symmetric is false, and grid trellis has no zero points: leave it out")
+
+
 class RoundingPass(BlockPass):
     """A block pass that leaves integer codes, and scales of 16 bits, in groups of neighbouring columns."""
 
@@ -105,14 +114,10 @@ class RoundingPass(BlockPass):
 
     def _on_trellis(self) -> Self:
         """Refuses what a trellis cannot hold."""
-        choices = self.bits.choices if isinstance(self.bits, BitBudget) else (self.bits,)
-        wide = [bits for bits in choices if bits not in trellis.BITS]
         if not self.rounds_rows:
             raise ValueError(f"grid is trellis, on which {self.name} cannot round: use gptq or rtn")
-        if not self.symmetric:
-            raise ValueError("symmetric is false, and grid trellis has no zero points: leave it out")
-        if wide and (not isinstance(self.bits, BitBudget) or wide != [8]):
-            raise ValueError(f"bits is {wide[0]}, and grid trellis is for {', '.join(map(str, trellis.BITS))} bits")
+        choices = [bits for bits in self.bits.choices if bits != 8] if isinstance(self.bits, BitBudget) else [self.bits]
+        check_trellis(choices, self.symmetric)
         return self
 
     @field_validator("group_size")
