@@ -20,7 +20,6 @@ from compress.loading import load
 from compress.maths import trellis
 from compress.maths.divergence import kl_divergence
 from compress.maths.grid import QuantSpec
-from compress.nn.cpu import why_not
 from compress.nn.quant_linear import QuantLinear
 from compress.nn.trained import ScaleTrained, WeightTrained
 from compress.passes.rtn import round_to_nearest
@@ -59,12 +58,11 @@ def layers_of(model):
 
 
 @every_width
-def test_a_packed_layer_takes_the_bytes_of_integers_and_no_kernel_for_those_runs_it(bits):
+def test_a_packed_layer_takes_the_bytes_of_integers_and_computes_with_its_own_numbers(bits):
     layer, integers = packed(bits), QuantSpec(bits, 16)
     plain = QuantLinear.from_codes(torch.zeros(6, 64, dtype=torch.int8), torch.ones(6, 4), None, integers)
     bias, *sizes = [tensor.nbytes for tensor in layer.state_dict().values()]
     assert (bias, sizes) == (24, [tensor.nbytes for tensor in plain.state_dict().values()])
-    assert why_not(layer) is not None
     layer.exact = False
     torch.testing.assert_close(layer(inputs()), inputs() @ layer.dequantize().t() + layer.bias, rtol=1e-4, atol=1e-4)
 
@@ -164,7 +162,7 @@ def test_what_is_written_packed_is_read_back_and_the_ordinary_folder_computes_th
         wanted = model(tokens).logits
         for name in ("packed", None):
             again = load(write_model_folder(tmp_path / (name or "model"), contents, name))
-            near = 0.0 if dtype == torch.float32 else 0.1  # in bfloat16 loaded models sum in another order
+            near = 1e-4 if dtype == torch.float32 else 0.1  # loaded models sum in another order
             torch.testing.assert_close(again(tokens).logits, wanted, rtol=0, atol=near)
             for layer, module in layers_of(model).items():
                 found = again.get_submodule(layer)
