@@ -24,7 +24,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from compress.maths.trellis_tables import TABLES, UNIT
 
@@ -43,19 +42,18 @@ def table_of(bits: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def windows(codes: Tensor, bits: int) -> Tensor:
-    """int8 codes `[rows, columns]` -> int64 `[rows, columns]`: the 8 bits that end with each, the newest on top."""
-    stream = codes.to(torch.int64) + (1 << (bits - 1))
-    found = torch.zeros_like(stream)
-    for back in range(-(-WINDOW // bits)):
-        shift = WINDOW - bits * (back + 1)
-        past = functional.pad(stream, (back, 0))[:, : stream.shape[1]]
-        found |= past << shift if shift >= 0 else past >> -shift
-    return found
+    """int8 codes `[rows, columns]` -> int32 `[rows, columns]`: the 8 bits that end with each, the newest on top."""
+    stream = codes.to(torch.int16).add_(1 << (bits - 1))
+    found = stream << (WINDOW - bits)
+    for back in range(1, min(-(-WINDOW // bits), stream.shape[1])):
+        shift, past = WINDOW - bits * (back + 1), stream[:, :-back]
+        found[:, back:] |= past << shift if shift >= 0 else past >> -shift
+    return found.to(torch.int32)
 
 
 def values(codes: Tensor, bits: int) -> Tensor:
     """float32 `[rows, columns]`: what the codes of whole rows stand for, before the scale."""
-    return table_of(bits, codes.device)[windows(codes, bits)]
+    return table_of(bits, codes.device).index_select(0, windows(codes, bits).flatten()).view(codes.shape)
 
 
 def round_rows(x: Tensor, bits: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -155,7 +155,9 @@ class GPTQ(RoundingPass):
         description="Share of the Hessian's mean diagonal added to it; rises tenfold, up to 1, if that is too little.",
     )
     block_size: int = Field(
-        default=128, ge=1, description="Columns corrected at once: speed and memory, not the result."
+        default=128,
+        ge=1,
+        description="Columns corrected at once: speed and memory, not the result (on a trellis: in multiples of 64).",
     )
     search: bool = Field(
         default=True,
