@@ -71,7 +71,7 @@ def _hold_zeros(parameter: nn.Parameter) -> torch.utils.hooks.RemovableHandle:
 def _packed(model: ModelHandle, rate: float, title: str) -> Iterator[list[Group]]:
     sparse = "sparse" in model.states
     how = EfficientQAT() if sparse else LLMQAT(learning_rate=rate)
-    trained = {name: how.trained(layer, sparse) for name, layer in packed_layers(model, title).items()}
+    trained = {name: how.trained(layer, sparse, None) for name, layer in packed_layers(model, title).items()}
     norms = norms_of(model)
     groups = [group for layer in trained.values() for group in how.groups(layer)]
     if norms:

@@ -19,12 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress.maths import packing, trellis
-from compress.maths.grid import QuantSpec, quantize, storable
+from compress.maths.grid import QuantSpec, storable
 from compress.maths.super_blocks import spread
 from compress.nn.quant_linear import MULTIPLES, QuantLinear
 
 #: How far, in steps of the grid, a weight may lie from its code to start with: half a step is the border.
 _EDGE = 0.45
+#: Where the gradient ends, in half steps of the trellis: four standard deviations of what rounding changes.
+_AWAY = 4.0
+#: How far from its number, in units of the scale, a weight on a trellis may be meant to lie: four standard deviations.
+_NEAR = 4.0
 
 
 class _FromCodes(torch.autograd.Function):  # type: ignore[misc]
@@ -91,12 +95,9 @@ class _TrainedGrid(nn.Module):  # type: ignore[misc]
         return spread(scale, self.multiples), None if zero is None else spread(zero, self.minimum_multiples)
 
     def units(self) -> tuple[float, float, float]:
-        """What learning rates are counted in: for weights the mean scale of the groups, which is a step of the grid (on
-        a trellis a scale is a standard deviation, and a step as much less as there are codes); for `scale` and for
-        `zero` the mean of their own (a zero point is counted in steps)."""
+        """What learning rates are counted in: the mean scale of the groups, for weights; for `scale` and for `zero`
+        the mean of their own (a zero point is counted in steps)."""
         scale, size = self.grid()[0].detach().abs().mean(), self.scale.detach().abs().mean()
-        if self.spec.trellis:
-            scale = scale * (4 / 2**self.spec.bits)
         low = float(self.zero.detach().abs().mean()) if self.zero is not None and self.spec.minima else 1.0
         return float(scale), float(size), low
 
@@ -145,18 +146,15 @@ class _Rounded(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
         ctx.spec = spec
+        ctx.save_for_backward(weight, scale, zero)
         _, offset, _ = _on_grid(weight, scale, zero, spec)
-        # A row on a trellis is dear to round: what came of it is kept, exactly, in 16 bits
-        ctx.save_for_backward(weight, scale, zero, offset.half() if spec.trellis else None)
         return _weight(offset, scale, zero, spec)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        weight, scale, zero, kept = ctx.saved_tensors
-        steps, offset, inside = _on_grid(weight, scale, zero, ctx.spec, kept)
+        weight, scale, zero = ctx.saved_tensors
+        steps, offset, inside = _on_grid(weight, scale, zero, ctx.spec)
         gradient = upstream[0].float().view_as(offset)
-        if inside is None:
-            return gradient.view_as(weight), torch.linalg.vecdot(gradient, offset.sub_(steps)), None, None
         to_scale = (gradient * torch.where(inside, offset - steps, offset)).sum(2)
         to_zero = None if zero is None else (gradient * ~inside).sum(2) * _slope(scale, ctx.spec)
         return (gradient * inside).view_as(weight), to_scale, to_zero, None
@@ -189,8 +187,6 @@ class WeightTrained(_TrainedGrid):
     def packed(self) -> QuantLinear:
         """The layer as trained: the weight rounded to the scale as it is stored."""
         scale, zero = self.stored_grid()
-        if self.spec.trellis:
-            return self.repacked(quantize(self.weight.detach(), scale, zero, self.spec))
         _, offset, _ = _on_grid(self.weight.detach(), scale, zero, self.spec)
         if self.spec.minima:
             offset += self.spec.qmin
@@ -199,7 +195,63 @@ class WeightTrained(_TrainedGrid):
         return self.repacked(offset.flatten(1).to(torch.int8))
 
 
-Trained = ScaleTrained | WeightTrained
+class _OnTrellis(torch.autograd.Function):  # type: ignore[misc]
+    """The weight of rows on a trellis, `numbers * scale`; the gradient passes over the rounding of `steps`, as far as
+    they are not `_AWAY` from what they became: a grid's end stops weights there, and a trellis has none."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: Tensor, scale: Tensor, bits: int) -> Tensor:
+        _, numbers = trellis.round_rows(steps, bits)
+        near = (steps - numbers).abs() < _AWAY / 2**bits
+        ctx.save_for_backward(scale, numbers.half(), near)  # exact: multiples of 1/32 below 4
+        return _weight(numbers.unflatten(1, (scale.shape[1], -1)), scale, None, QuantSpec(bits))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        scale, numbers, near = ctx.saved_tensors
+        gradient = upstream[0].float().unflatten(1, (scale.shape[1], -1))
+        to_scale = torch.linalg.vecdot(gradient, numbers.float().view_as(gradient))
+        return (gradient * scale.unsqueeze(2)).flatten(1).mul_(near), to_scale, None
+
+
+class RowTrained(_TrainedGrid):
+    """A packed layer on a trellis whose rows are rounded anew, in every forward, from what is trained.
+
+    That is `weight` [out, in] in units of the scale, not the weight itself: on integers a scale that shrinks meets the
+    ends of the grid, which say so in its gradient; on a trellis nothing would hold it. It starts from what the codes
+    stand for, or half-way to `like` [out, in]: from there most rows round to the same codes.
+    """
+
+    def __init__(self, layer: QuantLinear, like: Tensor | None = None):
+        super().__init__(layer)
+        numbers = trellis.values(layer.stored_codes(), layer.spec.bits)
+        if like is not None:
+            scale = layer.scales().float()
+            wanted = like.detach().float() / scale.repeat_interleave(layer.in_features // scale.shape[1], 1)
+            numbers = torch.where((wanted - numbers).abs() < _NEAR, (numbers + wanted) / 2, numbers)
+        self.weight = nn.Parameter(numbers)
+
+    def units(self) -> tuple[float, float, float]:
+        """As of any grid, but for weights: how far numbers lie apart, of which each bit more has twice as many."""
+        return (4.0 / 2**self.spec.bits, *super().units()[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in the dtype of autocast or else that of x."""
+        dtype = _compute_dtype(x)
+        weight: Tensor = _OnTrellis.apply(self.weight, self.scale, self.spec.bits)
+        return functional.linear(x.to(dtype), weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def packed(self) -> QuantLinear:
+        """The layer as trained."""
+        return self.repacked(trellis.round_rows(self.weight.detach(), self.spec.bits)[0])
+
+
+Trained = ScaleTrained | WeightTrained | RowTrained
+
+
+def weight_trained(layer: QuantLinear, like: Tensor | None = None) -> WeightTrained | RowTrained:
+    """The layer with a weight that is trained, starting near `like` [out, in] if that is given."""
+    return RowTrained(layer, like) if layer.spec.trellis else WeightTrained(layer, like)
 
 
 def storable_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -208,16 +260,9 @@ def storable_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     return storable(scale.abs(), spec) * sign
 
 
-def _on_grid(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, kept: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _on_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     """weight / scale, the nearest code less the zero point, and whether the grid reaches that far; [out, G, group].
-    With minima: (weight + minimum) / scale, and codes from 0 on. On a trellis, which has no ends (None): the numbers
-    that the row's codes stand for, `kept` if they are at hand."""
-    if spec.trellis:
-        steps = weight.view(*scale.shape, -1) / scale.unsqueeze(2)
-        numbers = trellis.round_rows(steps.flatten(1), spec.bits)[1] if kept is None else kept.float()
-        return steps, numbers.view_as(steps), None
+    With minima: (weight + minimum) / scale, and codes from 0 on."""
     if spec.minima and zero is not None:
         steps = (weight.view(*scale.shape, -1) + zero.unsqueeze(2)) / scale.unsqueeze(2)
         nearest, last = steps.round(), 2 * spec.half_range

@@ -284,25 +284,25 @@ class BlockDistill(Pass):
         return found
 
     def _trained_layers(self, block: Block, calibration: BlockCalibration) -> dict[str, Trained]:
-        from compress.nn.trained import ScaleTrained, WeightTrained
+        from compress.nn.trained import ScaleTrained, weight_trained
 
         found: dict[str, Trained] = {}
         for name, layer in self._packed(block).items():
             if self.train == "scales" or block.sparse:  # a code that is zero stands for a zero that is to stay
                 found[name] = ScaleTrained(layer, zero_trained=not block.sparse)
             else:
-                found[name] = WeightTrained(layer, _weight_of(calibration.original_module, name, layer))
+                found[name] = weight_trained(layer, _weight_of(calibration.original_module, name, layer))
         return found
 
     def _groups(self, block: Block, layers: dict[str, Trained]) -> tuple[Groups, dict[nn.Parameter, Tensor]]:
         """The parameters with their learning rates, and where zeros are held."""
-        from compress.nn.trained import WeightTrained
-
         groups: Groups = []
         for layer in layers.values():
-            size = self.learning_rate * float(layer.scale.detach().abs().mean())
-            trained = [layer.weight, layer.scale] if isinstance(layer, WeightTrained) else [layer.scale]
-            groups.append({"params": trained, "lr": size, "peak": size})
+            step, size, _ = (self.learning_rate * unit for unit in layer.units())
+            trained = {"weight": step, "scale": size}
+            for name, rate in trained.items():
+                if isinstance(parameter := getattr(layer, name, None), nn.Parameter):
+                    groups.append({"params": [parameter], "lr": rate, "peak": rate})
             if layer.zero is not None and getattr(layer, "zero_trained", True):
                 groups.append({"params": [layer.zero], "lr": 0.0, "peak": self.learning_rate})
         held = {}

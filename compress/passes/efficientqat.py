@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from torch import Tensor
+
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.end_to_end import EndToEndPass
 
@@ -25,7 +27,7 @@ class EfficientQAT(EndToEndPass):
 
     accepts: ClassVar[frozenset[str]] = frozenset({"quantized", "sparse"})
 
-    def trained(self, layer: QuantLinear, sparse: bool) -> ScaleTrained:
+    def trained(self, layer: QuantLinear, sparse: bool, original: Tensor | None) -> ScaleTrained:
         """A zero of a sparse model is a code equal to its zero point, which then must not move."""
         from compress.nn.trained import ScaleTrained
 

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from compress.training import Group
 
 
+#: Passes after which a packed layer stands for the weight that it had before, as near as its grid allows.
+ROUNDING = frozenset({"rtn", "gptq", "hqq", "autoround", "efficientqat", "llm_qat"})
+
 #: What importing transformers' Trainer and accelerate takes.
 TRAINER_BYTES = 90 << 20
 
@@ -65,8 +68,9 @@ class EndToEndPass(Pass):
     precision: Precision = "auto"
 
     @abstractmethod
-    def trained(self, layer: QuantLinear, sparse: bool) -> Trained:
-        """The trainable layer that takes the place of this one; where the model is `sparse`, zeros must stay."""
+    def trained(self, layer: QuantLinear, sparse: bool, original: Tensor | None) -> Trained:
+        """The trainable layer that takes the place of this one; where the model is `sparse`, zeros must stay.
+        `original`: the weight that was rounded, [out, in], if it is the original model's."""
 
     @abstractmethod
     def groups(self, layer: Trained) -> list[Group]:
@@ -80,7 +84,11 @@ class EndToEndPass(Pass):
         windows, teacher, layers = self._needed(model, context)
         place = context.stage.folder if context.stage else None
         windows = with_written(windows, lambda: teacher, self.generated, context, self.name, folder=place)
-        trained = {name: self.trained(layer, "sparse" in model.states) for name, layer in layers.items()}
+        sparse, rounded = "sparse" in model.states, only_rounded(model)
+        trained = {
+            name: self.trained(layer, sparse, original_weight(teacher, name, layer) if rounded else None)
+            for name, layer in layers.items()
+        }
         norms = norms_of(model) if self.norm_learning_rate else {}
         groups = [group for layer in trained.values() for group in self.groups(layer)]
         if norms:
@@ -205,6 +213,25 @@ def packed_layers(model: ModelHandle, title: str) -> dict[str, QuantLinear]:
                 f"leave them, and {name} is stored in another way (smoothquant, fp8, bnb): leave one out."
             )
     return layers
+
+
+def only_rounded(model: ModelHandle) -> bool:
+    """Whether nothing has changed the original's weights but rounding: not pruning, rotation, scales or training."""
+    return all(entry["pass"] in ROUNDING for entry in model.history)
+
+
+def original_weight(original: nn.Module, name: str, layer: QuantLinear) -> Tensor | None:
+    """What the packed layer `name` was rounded from, [out, in], or None where the original model has no such layer, or
+    one whose weight is no nearer than any other would be: a student's, say."""
+    try:
+        weight = original.get_submodule(name).get_parameter("weight").detach()
+    except AttributeError:
+        return None
+    weight = weight.t() if layer.transposed else weight
+    if tuple(weight.shape) != (layer.out_features, layer.in_features):
+        return None
+    away = (layer.dequantize(torch.float32) - weight.float()).square().sum()
+    return weight if bool(away < 0.5 * weight.float().square().sum()) else None
 
 
 def norms_of(model: ModelHandle) -> dict[str, nn.Parameter]:

@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
+from torch import Tensor
 
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.end_to_end import EndToEndPass
 
 if TYPE_CHECKING:
-    from compress.nn.trained import Trained, WeightTrained
+    from compress.nn.trained import RowTrained, Trained, WeightTrained
     from compress.shapes import ModelShape
     from compress.training import Group
 
@@ -32,17 +33,18 @@ class LLMQAT(EndToEndPass):
         default=2e-2, gt=0, le=1, description="Peak learning rate of weights, in units of a layer's mean scale."
     )
 
-    def trained(self, layer: QuantLinear, sparse: bool) -> WeightTrained:
-        from compress.nn.trained import WeightTrained
+    def trained(self, layer: QuantLinear, sparse: bool, original: Tensor | None) -> WeightTrained | RowTrained:
+        """From the middle of integers' cells; on a trellis from near the original weight, where that is known."""
+        from compress.nn.trained import weight_trained
 
-        return WeightTrained(layer)
+        return weight_trained(layer, original if layer.spec.trellis else None)
 
     def groups(self, layer: Trained) -> list[Group]:
         """Weight and scale at rates relative to the scale: a step of the grid is as far for every layer."""
-        from compress.nn.trained import WeightTrained
+        from compress.nn.trained import RowTrained, WeightTrained
         from compress.training import Group
 
-        assert isinstance(layer, WeightTrained)
+        assert isinstance(layer, WeightTrained | RowTrained)
         step, size, low = layer.units()
         groups = [
             Group([layer.weight], self.learning_rate * step),
