@@ -21,7 +21,7 @@ from compress.maths import trellis
 from compress.maths.divergence import kl_divergence
 from compress.maths.grid import QuantSpec
 from compress.nn.quant_linear import QuantLinear
-from compress.nn.trained import ScaleTrained, WeightTrained
+from compress.nn.trained import RowTrained, ScaleTrained, WeightTrained, weight_trained
 from compress.passes.rtn import round_to_nearest
 from compress.pipeline import run
 from compress.recipe import Recipe
@@ -67,7 +67,7 @@ def test_a_packed_layer_takes_the_bytes_of_integers_and_computes_with_its_own_nu
     torch.testing.assert_close(layer(inputs()), inputs() @ layer.dequantize().t() + layer.bias, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [ScaleTrained, WeightTrained])
+@pytest.mark.parametrize("kind", [ScaleTrained, RowTrained])
 @every_width
 def test_an_untrained_layer_computes_and_packs_what_it_was_made_from(kind, bits):
     layer = packed(bits)
@@ -76,10 +76,21 @@ def test_an_untrained_layer_computes_and_packs_what_it_was_made_from(kind, bits)
     assert torch.equal(trained.packed().dequantize(torch.float32), layer.dequantize(torch.float32))
 
 
-def test_original_weights_do_not_move_an_untrained_layer_on_a_trellis_either():
+def test_a_layer_with_a_trained_weight_is_made_for_its_grid():
+    integers = QuantLinear.from_codes(torch.zeros(6, 64, dtype=torch.int8), torch.ones(6, 4), None, QuantSpec(3, 16))
+    assert type(weight_trained(packed(3))) is RowTrained
+    assert type(weight_trained(integers)) is WeightTrained
+
+
+def test_a_weight_that_is_trained_starts_half_way_to_the_original_unless_that_is_far():
     layer = packed(3)
-    trained = WeightTrained(layer, like=torch.randn(6, 64))
-    assert torch.equal(trained.packed().dequantize(torch.float32), layer.dequantize(torch.float32))
+    scale = layer.scales().float().repeat_interleave(16, 1)
+    numbers = layer.dequantize(torch.float32) / scale
+    like = (numbers + 0.25) * scale
+    like[0, 0] = 100 * scale[0, 0]
+    expected = numbers + 0.125
+    expected[0, 0] = numbers[0, 0]
+    torch.testing.assert_close(RowTrained(layer, like).weight.detach(), expected, rtol=1e-4, atol=1e-4)
 
 
 @every_width
@@ -96,22 +107,24 @@ def test_scales_have_the_gradient_of_the_plain_formula(bits):
 
 
 @every_width
-def test_a_weight_gets_the_gradient_of_what_it_became_and_the_scale_that_of_lsq(bits):
-    trained = WeightTrained(packed(bits))
+def test_a_weight_gets_the_gradient_of_what_it_became_unless_it_is_far_from_that(bits):
+    trained = RowTrained(packed(bits))
     with torch.no_grad():
         trained.weight += 0.3 * torch.randn(6, 64, generator=torch.Generator().manual_seed(7))
     upstream = torch.randn(64, 6, generator=torch.Generator().manual_seed(8))
     (trained(torch.eye(64)) * upstream).sum().backward()
-    assert torch.equal(trained.weight.grad, upstream.t())
-    steps = (trained.weight.detach() / trained.scale.detach().repeat_interleave(16, 1)).contiguous()
+    steps = trained.weight.detach()
     numbers = trellis.round_rows(steps, bits)[1]
-    lsq = ((numbers - steps) * upstream.t()).unflatten(1, (4, 16)).sum(2)
-    torch.testing.assert_close(trained.scale.grad, lsq, rtol=1e-4, atol=1e-4)
+    near = (steps - numbers).abs() < 4 / 2**bits
+    wanted = upstream.t() * trained.scale.detach().repeat_interleave(16, 1) * near
+    torch.testing.assert_close(trained.weight.grad, wanted)
+    to_scale = (numbers * upstream.t()).unflatten(1, (4, 16)).sum(2)
+    torch.testing.assert_close(trained.scale.grad, to_scale, rtol=1e-4, atol=1e-4)
 
 
 @every_width
 def test_a_trained_layer_packs_what_it_computes(bits):
-    trained = WeightTrained(packed(bits))
+    trained = RowTrained(packed(bits))
     with torch.no_grad():
         trained.weight += 0.5 * torch.randn(6, 64, generator=torch.Generator().manual_seed(7))
         trained.scale.copy_(trained.scale.mul(1.25).half().float())

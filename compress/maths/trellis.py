@@ -31,7 +31,7 @@ from compress.maths.trellis_tables import TABLES, UNIT
 BITS, WINDOW = tuple(TABLES), 8
 #: How often scales are fitted to the numbers that rounding chose, and rounding done anew.
 FITS = 5
-#: Where there is no compiled code for it: weights whose paths are in memory at once, and those with corrections.
+#: Weights whose windows are in memory at once, or paths where there is no compiled code for it; those with corrections.
 _AT_ONCE, _CORRECTED_AT_ONCE = 1 << 18, 1 << 16
 
 
@@ -53,7 +53,10 @@ def windows(codes: Tensor, bits: int) -> Tensor:
 
 def values(codes: Tensor, bits: int) -> Tensor:
     """float32 `[rows, columns]`: what the codes of whole rows stand for, before the scale."""
-    return table_of(bits, codes.device).index_select(0, windows(codes, bits).flatten()).view(codes.shape)
+    table, found = table_of(bits, codes.device), torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    for rows in _few(codes, _AT_ONCE):
+        torch.index_select(table, 0, windows(codes[rows], bits).flatten(), out=found[rows].view(-1))
+    return found
 
 
 def round_rows(x: Tensor, bits: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

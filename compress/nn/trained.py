@@ -164,14 +164,13 @@ class WeightTrained(_TrainedGrid):
     """A packed layer whose codes follow a float32 weight [out, in] that is trained, with scale and zero point.
 
     The weight starts as what the codes stand for, or as near to `like` [out, in] as it can be with these codes: from
-    there, a weight that was rounded against its will needs less of a push. On a trellis how far that is depends on the
-    whole row, and `like` is left aside.
+    there, a weight that was rounded against its will needs less of a push.
     """
 
     def __init__(self, layer: QuantLinear, like: Tensor | None = None):
         super().__init__(layer)
         weight = layer.dequantize(torch.float32)
-        if like is not None and not layer.spec.trellis:
+        if like is not None:
             scale = layer.scales().float().abs()
             reach = _EDGE * scale.repeat_interleave(layer.in_features // scale.shape[1], 1)
             weight = torch.minimum(torch.maximum(like.float(), weight - reach), weight + reach)
