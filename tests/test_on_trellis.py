@@ -22,6 +22,7 @@ from compress.maths.divergence import kl_divergence
 from compress.maths.grid import QuantSpec
 from compress.nn.quant_linear import QuantLinear
 from compress.nn.trained import RowTrained, ScaleTrained, WeightTrained, weight_trained
+from compress.passes.base import LayerShape
 from compress.passes.rtn import round_to_nearest
 from compress.pipeline import run
 from compress.recipe import Recipe
@@ -247,6 +248,17 @@ def test_a_budget_shares_out_bits_and_eight_of_them_are_integers(sensitivity, tm
     specs = {name: layer.spec for name, layer in layers_of(compress.load(tmp_path / "out")).items()}
     assert {spec.bits for spec in specs.values()} >= {4, 8}
     assert all(spec.trellis == (spec.bits != 8) for spec in specs.values())
+
+
+@pytest.mark.parametrize("cls", [compress.RTN, compress.GPTQ])
+def test_the_plan_counts_the_search_for_the_longest_rows_path(cls):
+    layers = [LayerShape("block", "a", 100, 64, torch.float32), LayerShape("block", "b", 64, 4096, torch.float32)]
+    budget = {"average": 3, "choices": [2, 4]}
+    for bits, fewest in ((3, 3), (budget, 2)):
+        plain, found = (cls(bits=bits, group_size=16, **more) for more in ({}, {"grid": "trellis"}))
+        more = found.working_bytes(layers, 64) - plain.working_bytes(layers, 64)
+        assert more >= trellis.search_bytes(4096, fewest) > 4096 * (256 >> fewest) * 16
+        assert more < trellis.search_bytes(4096, fewest) + 1e6
 
 
 def test_embedding_and_head_beside_a_trellis_are_plain_integers():
