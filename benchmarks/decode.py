@@ -1,18 +1,19 @@
 """Decode and prefill of packed weights in transformers, interleaved with bfloat16 and with other packed formats.
 
     python benchmarks/decode.py [--shapes 1b 135m] [--bits 4] [--head-bits 4] [--rounds 3] [--prompt 32] [--new 64]
-        [--prefill 512] [--systems bf16 prepack compress compress-int8 w8a8 bitsandbytes torchao llama.cpp onnxruntime]
-        [--threads N] [--clock wall|cpu] --name NAME
+        [--prefill 512] [--systems bf16 prepack compress compress-int8 trellis trellis-int8 w8a8 bitsandbytes torchao
+        llama.cpp onnxruntime] [--threads N] [--clock wall|cpu] --name NAME
 
 Random weights of the shape (speed does not depend on what they are): Llama-3.2-1B's or SmolLM-135M's, head and
 embedding tied in bfloat16 systems and stored apart where the head is packed. Groups of 128, or 64 where 128 does not
 divide. Batch 1, greedy; a decode figure is the new tokens after the first over the time they take. All systems are
-held at once, and take turns: A B C A B C. prepack is bfloat16 in oneDNN's order; w8a8 has weights and inputs in int8,
-the head in bfloat16; bitsandbytes is NF4 of all linear layers but the head, torchao its CPU layout of int4 (in the
-versions that have it, to 0.16), each as it comes. llama.cpp runs its own Q4_0 of the model, head in Q6_K as it comes;
-onnxruntime (GenAI) an export of the packed model, whose graph and operators are those of its own builder's int4. A
-system that is not installed is left out. The cpu clock counts the processor's time, for machines that are
-busy with other work: with one thread, it says what the wall clock of a quiet machine would, as far as memory is free.
+held at once, and take turns: A B C A B C. trellis has as many codes along a trellis. prepack is bfloat16 in oneDNN's
+order; w8a8 has weights and inputs in int8, the head in bfloat16; bitsandbytes is NF4 of all linear layers but the
+head, torchao its CPU layout of int4 (in the versions that have it, to 0.16), each as it comes. llama.cpp runs its own
+Q4_0 of the model, head in Q6_K as it comes; onnxruntime (GenAI) an export of the packed model, whose graph and
+operators are those of its own builder's int4. A system that is not installed is left out. The cpu clock counts the
+processor's time, for machines that are busy with other work: with one thread, it says what the wall clock of a quiet
+machine would, as far as memory is free.
 Writes benchmarks/results/decode-NAME.json and .md.
 """
 
@@ -53,6 +54,8 @@ Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 OWN = ["prepack", "compress", "compress-int8", "w8a8"]
 SYSTEMS = ["bf16", *OWN, "bitsandbytes", "torchao", "llama.cpp", "onnxruntime"]
+#: Only where they are asked for: the packed model's codes read along a trellis, the head's too.
+TRELLIS = ["trellis", "trellis-int8"]
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {
         "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -73,7 +76,7 @@ def dense(shape: str) -> PreTrainedModel:
     return model
 
 
-def packed(model: PreTrainedModel, bits: int, head_bits: int) -> PreTrainedModel:
+def packed(model: PreTrainedModel, bits: int, head_bits: int, grid: str | None = None) -> PreTrainedModel:
     """A copy whose linear layers are packed (random codes), the head in `head_bits` (16: as it is)."""
     found = copy.deepcopy(model)
     head = found.get_output_embeddings()
@@ -81,7 +84,7 @@ def packed(model: PreTrainedModel, bits: int, head_bits: int) -> PreTrainedModel
         if not isinstance(layer, nn.Linear) or (layer is head and head_bits == 16):
             continue
         group = 128 if layer.in_features % 128 == 0 else 64
-        spec = QuantSpec(head_bits if layer is head else bits, group, True, "bfloat16")
+        spec = QuantSpec(head_bits if layer is head else bits, group, True, "bfloat16", grid=grid)
         new = QuantLinear(layer.in_features, layer.out_features, spec, dtype=torch.bfloat16)
         new.weight_packed.random_(-(2**31), 2**31 - 1)
         new.weight_scale.fill_(0.0003)
@@ -234,6 +237,8 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         "prepack": lambda: prepacked(base),
         "compress": lambda: stepping(packed(base, options.bits, options.head_bits), int8=False),
         "compress-int8": lambda: stepping(packed(base, options.bits, options.head_bits), int8=True),
+        "trellis": lambda: stepping(packed(base, options.bits, options.head_bits, "trellis"), int8=False),
+        "trellis-int8": lambda: stepping(packed(base, options.bits, options.head_bits, "trellis"), int8=True),
         "w8a8": lambda: eight_bits(base),
         "bitsandbytes": lambda: with_bitsandbytes(base),
         "torchao": lambda: with_torchao(base),
@@ -285,7 +290,7 @@ def markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     options = settings(
         __doc__, shapes={"nargs": "+", "default": list(SHAPES), "choices": list(SHAPES)},
-        systems={"nargs": "+", "default": SYSTEMS, "choices": SYSTEMS}, threads={"type": int},
+        systems={"nargs": "+", "default": SYSTEMS, "choices": [*SYSTEMS, *TRELLIS]}, threads={"type": int},
         clock={"default": "wall", "choices": list(CLOCKS)},
         bits=4, head_bits=4, rounds=3, prompt=32, new=64, prefill=512,
     )  # fmt: skip

@@ -2,10 +2,15 @@
 //
 // W is stored as `maths/packing.py` has it: a row is one stream of codes of 2, 3, 4 or 8 bits, lowest bit first, plus an
 // offset of 2^(bits-1); groups of neighbouring columns share a scale, and a zero point where the grid is not symmetric.
+// Along a trellis, what a code stands for is looked up at the 8 bits of the stream that end with it.
 // Codes become floats in registers, 32 at a time: with AVX-512 by a look-up among 16 floats, with AVX2 by conversion; with
 // inputs in bfloat16 and 2 or 4 bits, bfloat16, where the processor multiplies that (AVX512-BF16), which is as exact.
+// With codes along a trellis, where the processor multiplies int8 (AVX512-VNNI) and looks up so large a table
+// (AVX512-VBMI), inputs become whole numbers with a step for each 128 columns, of 23 bits, or of 15 for bfloat16: the sums
+// of these are exact, and their rounding is below that of float32 sums, or of the result in bfloat16.
 // Sums are taken in float32 within a group, times the scale, over the groups in order: results do not depend on the
-// number of threads. Activations are rounded to int8 where that is asked for, and never otherwise.
+// number of threads. Activations are rounded to int8 where that is asked for, and never
+// otherwise.
 //
 // Plain C interface and no dependency: loaded by ctypes. OpenMP's symbols are left open when this is linked, so that
 // torch's own threads are used and not a second set of them.
@@ -29,6 +34,15 @@ int compress_level() {
 int compress_int8() {
 #if HAS_X86
     return has_vnni();
+#else
+    return 0;
+#endif
+}
+
+// Whether codes along a trellis are looked up in registers on this processor, as products with inputs in int8 need it.
+int compress_vbmi() {
+#if HAS_X86
+    return level() && has_vbmi();
 #else
     return 0;
 #endif
@@ -84,7 +98,7 @@ void compress_step(const Block* block, const Step* step) {
 void compress_expand(const Layer* layer, int64_t first, int64_t last, void* out, int32_t kind, int32_t threads,
                      int32_t at_most) {
     const Layer& w = *layer;
-    Expand run = expansion(w.bits, level() == 2 && at_most >= 2);
+    const Expand run = FOR_LAYER(expansion, w, level() == 2 && at_most >= 2);
     const int64_t size = kind == FLOAT32 ? 4 : 2;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = first; row < last; row++) {

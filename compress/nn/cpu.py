@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compress.maths.trellis_tables import TABLES, UNIT
 from compress.nn.prepared_layer import PreparedLayer
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class _Layer(ctypes.Structure):
         ("packed", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero", ctypes.c_void_p),
         ("rows", ctypes.c_int64), ("columns", ctypes.c_int64), ("groups", ctypes.c_int64),
         ("row_bytes", ctypes.c_int64), ("bits", ctypes.c_int32), ("scale_kind", ctypes.c_int32),
+        ("table", ctypes.c_void_p), ("unit", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -67,9 +69,16 @@ class Prepared(PreparedLayer):
         self.layer = _Layer(
             self.packed.data_ptr(), self.scale.data_ptr(), None if self.zero is None else self.zero.data_ptr(),
             layer.out_features, layer.in_features, self.scale.shape[1], 4 * self.packed.shape[1], layer.spec.bits,
-            _KINDS[self.scale.dtype],
+            _KINDS[self.scale.dtype], _table(layer.spec.bits).data_ptr() if layer.spec.trellis else None, UNIT,
         )  # fmt: skip
         self.address = ctypes.addressof(self.layer)
+
+
+@cache
+def _table(bits: int) -> Tensor:
+    """What windows along a trellis stand for, as the kernel's `Table` has it: bytes uint8 `[5 * 256]`."""
+    numbers = torch.tensor(TABLES[bits], dtype=torch.int8)
+    return torch.cat([numbers.view(torch.uint8), numbers.float().view(torch.uint8)])
 
 
 @cache
@@ -82,7 +91,9 @@ def library() -> ctypes.CDLL | None:
                 found = ctypes.CDLL(os.fspath(path))
             except OSError:  # built for another system
                 return None
-            if not all(hasattr(found, name) for name in _FUNCTIONS):  # built from sources before these
+            if not all(
+                hasattr(found, name) for name in (*_FUNCTIONS, "compress_vbmi")
+            ):  # built from sources before these
                 return None
             for name, types in _FUNCTIONS.items():
                 function = getattr(found, name)
@@ -100,8 +111,6 @@ def why_not(layer: QuantLinear) -> str | None:
         return "it is for weights in packed codes of 2, 3, 4 or 8 bits, and inputs that are not rounded"
     if layer.spec.super_block is not None:
         return f"grid {layer.spec.grid} is for llama.cpp"
-    if layer.spec.trellis:
-        return "codes along a trellis are expanded by torch"
     if layer.in_features % STEP or layer.in_features // layer.weight_scale.shape[1] % STEP:
         return f"columns and groups must be multiples of {STEP}"
     return None
@@ -133,6 +142,8 @@ def why_not_int8(layer: QuantLinear | None = None) -> str | None:
         return "this processor lacks AVX-512 VNNI"
     if layer is None:
         return None
+    if layer.spec.trellis:
+        return None if found.compress_vbmi() else "this processor lacks AVX-512 VBMI, which a trellis needs for it"
     least = STEP * 8 // layer.spec.bits
     if layer.spec.bits == 3 or layer.in_features // layer.weight_scale.shape[1] % least:
         return f"it takes 2, 4 or 8 bits and groups in multiples of {STEP * 4}, {STEP * 2} or {STEP}"
@@ -143,6 +154,7 @@ def multiply(layer: QuantLinear, x: Tensor, level: int = max(LEVELS)) -> Tensor:
     """x [..., in] times the packed weight, sums in float32: [..., out] in the dtype of x. `level`: the most to use.
 
     With `layer.int8_inputs`, fewer than `MANY` tokens are rounded to int8, a step for each group, where it `rounds`.
+    Along a trellis, few tokens become whole numbers of 23 bits, or of 15 if they are bfloat16, see `cpu.cpp`.
     """
     told, found = layer.prepared, library()
     assert isinstance(told, Prepared)

@@ -1,14 +1,11 @@
-// What `cpu.cpp` is made of, 2: an input made ready for the products, in floats, bfloat16 or int8, and rows of W times it.
+// What `cpu.cpp` is made of, 5: an input made ready for the products, in floats, bfloat16 or int8, and rows of W times it.
 #pragma once
 
 #include <cmath>
 
-#include "cpu_floats.h"
+#include "cpu_dots.h"
 
 #if HAS_X86
-
-#define VNNI "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
-#define HALVES "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"
 
 namespace {
 
@@ -16,43 +13,42 @@ namespace {
 // or, where they are bfloat16 anyway, be multiplied as such.
 struct How {
     bool wide, int8, halves;
+    int pieces;  // bytes of the whole numbers that x becomes for products with codes along a trellis; 0: none
 };
 
-bool has_vnni() {
-    static const bool found = level() == 2 && __builtin_cpu_supports("avx512vnni");
-    return found;
-}
-
-bool has_halves() {
-    static const bool found = level() == 2 && __builtin_cpu_supports("avx512bf16");
-    return found;
-}
-
 How how(int32_t at_most, int32_t int8, int32_t kind) {
-    const bool wide = level() == 2 && at_most >= 2;
-    return {wide, wide && int8 && has_vnni(), wide && kind == BFLOAT16 && has_halves()};
+    const bool wide = level() == 2 && at_most >= 2, bytes = wide && has_vnni();
+    const int pieces = !bytes ? 0 : int8 ? 1 : kind == BFLOAT16 ? 2 : 3;
+    return {wide, bytes && int8, wide && kind == BFLOAT16 && has_halves(), pieces};
 }
 
 // Columns of x that share a step in int8: a group of the weight, or 128 columns of a longer one. 0: the layer is not
-// served in int8 or bfloat16, since 32 bytes of codes do not lie within a group.
+// served in int8 or bfloat16, since 32 bytes of codes do not lie within a group, or its table cannot be looked up so.
 int64_t step_columns(const Layer& w) {
-    const int64_t group = w.columns / w.groups, least = 32 * 8 / w.bits;
-    if (w.bits == 3 || group % least || w.row_bytes * 8 != w.columns * w.bits) return 0;
+    const int64_t group = w.columns / w.groups;
+    if (w.table) return !has_vbmi() ? 0 : group <= 128 ? group : group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32;
+    if (w.bits == 3 || group % (32 * 8 / w.bits) || w.row_bytes * 8 != w.columns * w.bits) return 0;
     return group > 128 && group % 128 == 0 ? 128 : group;
 }
+
+// Rows of x from which it takes less to make floats of codes along a trellis and multiply several rows with them.
+constexpr int64_t MANY_FLOATS = 4;
 
 // `many` rows of x, in the order in which the codes lie in memory.
 struct Input {
     std::vector<float> x, sums;       // floats: [many, columns] and, for grids with zero points, [many, groups]
     std::vector<uint16_t> halves;     // bfloat16: [many, columns], and `sums` as for floats
-    std::vector<int8_t> codes;        // int8: [many, columns], steps [many, parts], and the codes' sums
-    std::vector<float> steps, whole;  // [many, parts]
+    std::vector<int8_t> codes;        // int8: [many, pieces, columns]
+    std::vector<float> steps, whole;  // [many, parts], and the codes' sums, likewise
+    std::vector<int32_t> starts;      // along a trellis: [many, parts, pieces, 16], what sums begin with
     int64_t many = 0;
-    bool int8 = false, half = false;
+    int pieces = 0;  // of x in int8: bytes of each number
+    bool half = false;
 };
 
 bool same_input(const Layer& a, const Layer& b) {  // whether what is ready for one is ready for the other
-    return a.bits == b.bits && a.groups == b.groups && a.row_bytes == b.row_bytes && !a.zero == !b.zero;
+    return a.bits == b.bits && a.groups == b.groups && a.row_bytes == b.row_bytes && !a.zero == !b.zero &&
+           !a.table == !b.table;
 }
 
 // 32 floats, taken in the order of Wide::place.
@@ -87,6 +83,48 @@ __attribute__((target(VNNI))) void round_part(const float* x, int64_t count, int
     *step = largest / 127.0f, *whole = float(_mm512_reduce_add_epi32(sum));
 }
 
+// `count` columns as whole numbers of PIECES signed bytes, each byte in a plane of its own, in the order of the columns or
+// even ones first. `starts` [PIECES, 16]: what the offset of 128 adds to each sum of the products, negative.
+template <int PIECES>
+__attribute__((target(VNNI))) void split_part(const float* x, int64_t count, bool even_first, int8_t* to, int64_t plane,
+                                              float* step, int32_t* starts) {
+    const __m128i evens = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    constexpr float limit = PIECES == 1 ? 127 : PIECES == 2 ? 127 << 8 : 127 << 16;
+    __m512 most = _mm512_setzero_ps();
+    __mmask16 none = 0;
+    for (int64_t c = 0; c < count; c += 16) {
+        const __m512 now = _mm512_loadu_ps(x + c);
+        most = _mm512_max_ps(most, _mm512_abs_ps(now)), none |= _mm512_cmp_ps_mask(now, now, _CMP_UNORD_Q);
+    }
+    const float largest = none ? NAN : _mm512_reduce_max_ps(most);  // NaN, or an infinite number, reaches the result
+    const __m512 by = _mm512_set1_ps(largest > 1e-30f ? limit / largest : 0.0f);
+    for (int64_t c = 0; c < count; c += 16) {
+        __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + c), by));
+        for (int i = 0; i < PIECES; i++) {
+            const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(left, 24), 24);
+            const __m128i bytes = _mm512_cvtsepi32_epi8(i == PIECES - 1 ? left : low);
+            left = _mm512_srai_epi32(_mm512_sub_epi32(left, low), 8);
+            int8_t* at = to + i * plane;
+            if (even_first) {
+                const __m128i turned = _mm_shuffle_epi8(bytes, evens);
+                _mm_storel_epi64((__m128i*)(at + c / 2), turned);
+                _mm_storel_epi64((__m128i*)(at + (count + c) / 2), _mm_unpackhi_epi64(turned, turned));
+            } else {
+                _mm_storeu_si128((__m128i*)(at + c), bytes);
+            }
+        }
+    }
+    *step = largest / limit;
+    const int64_t once = count % 64 ? 32 : 64;  // columns that one product takes
+    const __mmask64 taken = ~uint64_t(0) >> (64 - once);
+    for (int i = 0; i < PIECES; i++) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t c = 0; c < count; c += once)
+            sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(char(128)), _mm512_maskz_loadu_epi8(taken, to + i * plane + c));
+        _mm512_storeu_si512(starts + 16 * i, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+    }
+}
+
 // The sums of x over each group; of x as bfloat16 if it is multiplied so.
 void sum_groups(const Layer& w, const float* x, int64_t many, Input& in, bool rounded) {
     const int64_t groups = many * w.groups, group = w.columns / w.groups;
@@ -113,179 +151,82 @@ __attribute__((target(HALVES))) void turn_halves(const float* x, int64_t count, 
 // x float [many, columns] made ready for products with w.
 void prepare(const Layer& w, const float* x, int64_t many, How how, Input& in) {
     const int64_t count = many * w.columns, share = step_columns(w);
-    in.many = many, in.int8 = how.int8 && share;
-    if (in.int8) {
-        const int64_t parts = count / share;
-        if (int64_t(in.codes.size()) < count) in.codes.resize(count);
+    in.many = many, in.half = false;
+    in.pieces = !share ? 0 : how.int8 ? 1 : w.table && many < MANY_FLOATS ? how.pieces : 0;
+    if (in.pieces) {
+        const int64_t parts = count / share, row = w.columns / share;
+        if (int64_t(in.codes.size()) < count * in.pieces) in.codes.resize(count * in.pieces);
         if (int64_t(in.steps.size()) < parts) in.steps.resize(parts), in.whole.resize(parts);
+        if (w.table && int64_t(in.starts.size()) < parts * in.pieces * 16) in.starts.resize(parts * in.pieces * 16);
         for (int64_t p = 0; p < parts; p++) {
-            int8_t* to = in.codes.data() + p * share;
+            const float* from = x + p * share;
+            int8_t* to = in.codes.data() + (p / row * in.pieces * row + p % row) * share;
             float *step = &in.steps[p], *whole = &in.whole[p];
-            if (w.bits == 4) round_part<2>(x + p * share, share, to, step, whole);
-            if (w.bits == 2) round_part<4>(x + p * share, share, to, step, whole);
-            if (w.bits == 8) round_part<1>(x + p * share, share, to, step, whole);
+            if (w.table)
+                (in.pieces == 1 ? split_part<1> : in.pieces == 2 ? split_part<2> : split_part<3>)(
+                    from, share, by_half_bytes(w), to, w.columns, step, &in.starts[p * in.pieces * 16]);
+            else
+                (w.bits == 8 ? round_part<1> : w.bits == 4 ? round_part<2> : round_part<4>)(from, share, to, step, whole);
         }
-        in.half = false;
         return;
     }
-    in.half = how.halves && share && w.bits <= 4;
+    in.half = how.halves && share && w.bits <= 4 && !w.table;
     if (in.half) {
         if (int64_t(in.halves.size()) < count) in.halves.resize(count);
-        if (w.bits == 4) turn_halves<2>(x, count, in.halves.data());
-        if (w.bits == 2) turn_halves<4>(x, count, in.halves.data());
+        (w.bits == 4 ? turn_halves<2> : turn_halves<4>)(x, count, in.halves.data());
         if (w.zero) sum_groups(w, x, many, in, true);
         return;
     }
     if (int64_t(in.x.size()) < count) in.x.resize(count);
-    if (how.wide && (w.bits == 4 || w.bits == 2))
+    if (how.wide && !w.table && (w.bits == 4 || w.bits == 2))
         turn_wide(x, count, w.bits, in.x.data());
     else
         std::memcpy(in.x.data(), x, count * 4);
     if (w.zero) sum_groups(w, x, many, in, false);
 }
 
-// ROWS rows of W times one row of x in int8. `by` [ROWS, parts]: scale of the weight times step of x. Codes are taken as
-// they lie, from 0 to 2^bits - 1; what that adds, and zero points, is taken off with the sums of x's codes.
-template <int BITS, int ROWS_NOW>
-__attribute__((target(VNNI))) void product_int8(const Layer& w, int64_t row, const int8_t* x, const float* by,
-                                                const float* whole, int64_t share, float* out) {
-    constexpr int WAYS = 8 / BITS;
-    const int64_t parts = w.columns / share, units = share / (32 * WAYS), group = w.columns / w.groups;
-    const __m256i mask = _mm256_set1_epi8(char((1 << BITS) - 1));
-    const uint8_t* from = w.packed + row * w.row_bytes;
-    const int64_t ahead = bytes_ahead(ROWS_NOW * w.row_bytes);
-    __m256 total[ROWS_NOW];
-    for (int r = 0; r < ROWS_NOW; r++) total[r] = _mm256_setzero_ps();
-    for (int64_t p = 0; p < parts; p++) {
-        __m256i sum[ROWS_NOW];
-        for (int r = 0; r < ROWS_NOW; r++) sum[r] = _mm256_setzero_si256();
-        for (int64_t u = 0; u < units; u++, from += 32, x += 32 * WAYS)
-#pragma GCC unroll 4
-            for (int r = 0; r < ROWS_NOW; r++) {
-                const __m256i codes = _mm256_loadu_si256((const __m256i*)(from + r * w.row_bytes));
-                _mm_prefetch((const char*)from + r * w.row_bytes + ahead, _MM_HINT_T0);
-#pragma GCC unroll 4
-                for (int way = 0; way < WAYS; way++) {
-                    const __m256i part = BITS == 8 ? codes : _mm256_and_si256(_mm256_srli_epi16(codes, BITS * way), mask);
-                    sum[r] = _mm256_dpbusd_epi32(sum[r], part, _mm256_loadu_si256((const __m256i*)(x + 32 * way)));
-                }
-            }
-        for (int r = 0; r < ROWS_NOW; r++)
-            total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r]), _mm256_set1_ps(by[r * parts + p]), total[r]);
-    }
-    for (int r = 0; r < ROWS_NOW; r++) {
-        float less = 0;
-        if (w.zero)
-            for (int64_t p = 0; p < parts; p++)
-                less += by[r * parts + p] * whole[p] * float((1 << (BITS - 1)) + w.zero[(row + r) * w.groups + p * share / group]);
-        else
-            for (int64_t p = 0; p < parts; p++) less += by[r * parts + p] * whole[p] * float(1 << (BITS - 1));
-        out[r] = Narrow::sum({total[r], _mm256_setzero_ps()}) - less;
-    }
-}
-
-// The numbers -8 to 7 as bfloat16, and, for grids of fewer bits, the middle ones, over and over: a look-up sees five bits.
-template <int BITS>
-struct Halves {
-    alignas(64) uint16_t table[32];
-    constexpr Halves() : table() {
-        constexpr uint16_t numbers[16] = {0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80,
-                                          0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
-        for (int i = 0; i < 32; i++) table[i] = numbers[8 - (1 << (BITS - 1)) + i % (1 << BITS)];
-    }
-};
-
-// ROWS rows of W times one row of x in bfloat16: products are exact, sums in float32.
-template <int BITS, int ROWS_NOW>
-__attribute__((target(HALVES))) void product_halves(const Layer& w, int64_t row, const uint16_t* x, const float* scales,
-                                                    const float* sums, float* out) {
-    static constexpr Halves<BITS> numbers;
-    constexpr int WAYS = 8 / BITS;
-    const int64_t units = w.columns / w.groups / (32 * WAYS);
-    const __m512i table = _mm512_load_si512(numbers.table);
-    const uint8_t* from = w.packed + row * w.row_bytes;
-    const int64_t ahead = bytes_ahead(ROWS_NOW * w.row_bytes);
-    __m512 total[ROWS_NOW];
-    for (int r = 0; r < ROWS_NOW; r++) total[r] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < w.groups; g++) {
-        __m512 part[ROWS_NOW][2];
-        for (int r = 0; r < ROWS_NOW; r++) part[r][0] = part[r][1] = _mm512_setzero_ps();
-        for (int64_t u = 0; u < units; u++, from += 32, x += 32 * WAYS)
-#pragma GCC unroll 4
-            for (int r = 0; r < ROWS_NOW; r++) {
-                const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + r * w.row_bytes)));
-                _mm_prefetch((const char*)from + r * w.row_bytes + ahead, _MM_HINT_T0);
-#pragma GCC unroll 4
-                for (int way = 0; way < WAYS; way++) {
-                    const __m512i weights = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, BITS * way), table);
-                    part[r][way % 2] = _mm512_dpbf16_ps(part[r][way % 2], (__m512bh)weights,
-                                                        (__m512bh)_mm512_loadu_si512(x + 32 * way));
-                }
-            }
-        for (int r = 0; r < ROWS_NOW; r++)
-            total[r] = _mm512_fmadd_ps(_mm512_add_ps(part[r][0], part[r][1]), _mm512_set1_ps(scales[r * w.groups + g]), total[r]);
-    }
-    for (int r = 0; r < ROWS_NOW; r++) {
-        float sum = _mm512_reduce_add_ps(total[r]);
-        if (w.zero)
-            for (int64_t g = 0; g < w.groups; g++) sum -= w.zero[(row + r) * w.groups + g] * scales[r * w.groups + g] * sums[g];
-        out[r] = sum;
-    }
-}
-
-template <int BITS>
-void rows_halves(const Layer& w, int64_t row, int64_t rows, const Input& in, const float* scales, float* out) {
+// `rows` rows of W from `row` on, times every row of x in int8 or bfloat16. `scales` [rows, groups]; `by`: room for
+// [rows, parts].
+void rows_of_dots(const Layer& w, int64_t row, int64_t rows, const Input& in, Dots run, const float* scales, float* by,
+                  float* out) {
+    const int64_t group = w.columns / w.groups, share = in.pieces ? step_columns(w) : group, parts = w.columns / share;
     for (int64_t m = 0; m < in.many; m++) {
-        const uint16_t* x = in.halves.data() + m * w.columns;
-        const float* sums = w.zero ? in.sums.data() + m * w.groups : nullptr;
+        const float* steps = in.steps.data() + m * parts;
+        const float* whole = (in.pieces ? in.whole : in.sums).data() + m * parts;
+        const int32_t* starts = in.starts.data() + m * parts * in.pieces * 16;
+        if (in.pieces)
+            for (int64_t r = 0; r < rows; r++)
+                if (parts == w.groups)
+                    for (int64_t p = 0; p < parts; p++) by[r * parts + p] = scales[r * parts + p] * steps[p];
+                else
+                    for (int64_t p = 0; p < parts; p++) by[r * parts + p] = scales[r * w.groups + p * share / group] * steps[p];
+        const float* factors = in.pieces ? by : scales;
+        const void *bytes = in.codes.data() + m * in.pieces * w.columns, *halves = in.halves.data() + m * w.columns;
+        const void* x = in.pieces ? bytes : halves;
         float* to = out + m * w.rows + row;
         if (rows == ROWS)
-            product_halves<BITS, ROWS>(w, row, x, scales, sums, to);
+            run.rows(w, row, x, factors, whole, starts, share, to);
         else
-            for (int64_t r = 0; r < rows; r++) product_halves<BITS, 1>(w, row + r, x, scales + r * w.groups, sums, to + r);
-    }
-}
-
-template <int BITS>
-void rows_int8(const Layer& w, int64_t row, int64_t rows, const Input& in, const float* scales, float* by, float* out) {
-    const int64_t share = step_columns(w), parts = w.columns / share, group = w.columns / w.groups;
-    for (int64_t m = 0; m < in.many; m++) {
-        const float *steps = in.steps.data() + m * parts, *whole = in.whole.data() + m * parts;
-        const int8_t* x = in.codes.data() + m * w.columns;
-        for (int64_t r = 0; r < rows; r++)
-            if (parts == w.groups)
-                for (int64_t p = 0; p < parts; p++) by[r * parts + p] = scales[r * parts + p] * steps[p];
-            else
-                for (int64_t p = 0; p < parts; p++) by[r * parts + p] = scales[r * w.groups + p * share / group] * steps[p];
-        float* to = out + m * w.rows + row;
-        if (rows == ROWS)
-            product_int8<BITS, ROWS>(w, row, x, by, whole, share, to);
-        else
-            for (int64_t r = 0; r < rows; r++) product_int8<BITS, 1>(w, row + r, x, by + r * parts, whole, share, to + r);
+            for (int64_t r = 0; r < rows; r++) run.row(w, row + r, x, factors + r * parts, whole, starts, share, to + r);
     }
 }
 
 // Rows [first, last) of W times every row of x: out [many, w.rows], of which it writes those columns. `first` is a
 // multiple of ROWS.
 void multiply_rows(const Layer& w, const Input& in, int64_t first, int64_t last, How how, float* out) {
-    const RowBlock run = w.columns / w.groups % 64 ? row_block<1>(w.bits, how.wide) : row_block<2>(w.bits, how.wide);
-    const int64_t parts = in.int8 ? w.columns / step_columns(w) : 0, needed = ROWS * (w.groups + parts);
+    const RowBlock run = FOR_LAYER(row_block, w, how.wide);
+    const Dots by_dots = FOR_LAYER(dots, w, in.pieces);
+    const int64_t parts = in.pieces ? w.columns / step_columns(w) : 0, needed = ROWS * (w.groups + parts);
     float few[2048];
     std::vector<float> more(needed > 2048 ? needed : 0);
     float *scales = needed > 2048 ? more.data() : few, *by = scales + ROWS * w.groups;
     for (int64_t row = first; row < last; row += ROWS) {
         const int64_t rows = row + ROWS <= last ? ROWS : last - row;
         row_scales(w, row, rows, scales);
-        if (in.half)
-            w.bits == 4 ? rows_halves<4>(w, row, rows, in, scales, out) : rows_halves<2>(w, row, rows, in, scales, out);
-        else if (!in.int8)
-            run(w, row, rows, in.x.data(), in.many, scales, w.zero ? in.sums.data() : nullptr, out);
-        else if (w.bits == 4)
-            rows_int8<4>(w, row, rows, in, scales, by, out);
-        else if (w.bits == 2)
-            rows_int8<2>(w, row, rows, in, scales, by, out);
+        if (in.half || in.pieces)
+            rows_of_dots(w, row, rows, in, by_dots, scales, by, out);
         else
-            rows_int8<8>(w, row, rows, in, scales, by, out);
+            run(w, row, rows, in.x.data(), in.many, scales, w.zero ? in.sums.data() : nullptr, out);
     }
 }
 

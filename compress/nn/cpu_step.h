@@ -1,4 +1,4 @@
-// What `cpu.cpp` is made of, 3: a whole decoder block for one new token, in one call.
+// What `cpu.cpp` is made of, 6: a whole decoder block for one new token, in one call.
 //
 // RMSNorm, queries, keys and values, rotary positions, attention over the kept keys and values, output, residual,
 // RMSNorm, gated MLP, residual. Everything between input and output is float32; keys and values are kept in the dtype of

@@ -1,4 +1,4 @@
-// What `cpu.cpp` is made of, 4: inputs rounded to int8 token by token as compressed-tensors does it, and what comes of
+// What `cpu.cpp` is made of, 7: inputs rounded to int8 token by token as compressed-tensors does it, and what comes of
 // the integer sums. Every step is that of `maths/activations.py`, in the dtype of the input, to the last bit.
 #pragma once
 

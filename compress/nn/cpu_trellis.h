@@ -1,4 +1,4 @@
-// What `cpu.cpp` is made of, 6: the best path of a row through a trellis (`maths/trellis.py` says what that is).
+// What `cpu.cpp` is made of, 8: the best path of a row through a trellis (`maths/trellis.py` says what that is).
 //
 // A window of 8 bits stands for a number, and each new code pushes BITS of them out of it. Here windows are kept with
 // their bits in reverse: the newest code is lowest, so that the windows that lead to one node, what is left of a window

@@ -87,7 +87,7 @@ class Quantize(Pass):
         """Coarse grids of integers take larger steps. On a trellis a weight that moves takes its neighbours along: more
         and smaller steps. See the log of benchmarks."""
         if self.on_trellis:
-            rates = {"learning_rate": 3.5e-3, "scale_learning_rate": 1e-2, "norm_learning_rate": 5e-3}
+            rates = {"learning_rate": 3.5e-3, "scale_learning_rate": 1e-2, "norm_learning_rate": 1e-2}
             return {**rates, "batch_size": 4}
         return {"learning_rate": 2e-2 if self.bits != 4 else 1e-2}
 
