@@ -16,7 +16,7 @@ from compress.allocator import return_freed_memory
 from compress.checkpoint import checkpoint_bytes
 from compress.data import Windows
 from compress.errors import CompressError
-from compress.formats.folder import default_format
+from compress.formats.folder import running_format
 from compress.measure.damage import SIZE_LIMIT, Pairs, chosen, measure_damage, nothing, standard_error, text_loss
 from compress.measure.runtimes import is_causal
 from compress.measure.stage_speed import DECODE, stage_speed
@@ -150,7 +150,7 @@ def _take_layers(found: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Non
 def stage_figures(model: ModelHandle, text: Windows | None, other_tokens: bool = False) -> dict[str, Any]:
     """Perplexity on the evaluation text, and the bytes of the model if it were written now."""
     contents = model.contents()
-    form = FORMATS.get(default_format(contents))()
+    form = FORMATS.get(running_format(contents))()
     size = checkpoint_bytes(form.stored(contents))
     if model.adapter is not None:
         size += sum(tensor.numel() * tensor.element_size() for tensor in model.adapter.tensors.values())

@@ -20,7 +20,7 @@ from compress.checkpoint import checkpoint_bytes
 from compress.errors import StartError
 from compress.explaining import Wanted
 from compress.formats.base import Format
-from compress.formats.folder import default_format, packed_export_note
+from compress.formats.folder import default_format, packed_export_note, running_format
 from compress.images import patches_of, pixel_bytes, reads_images
 from compress.loading import stored_dtype
 from compress.locating import locate
@@ -143,18 +143,21 @@ class _Walkthrough:
         steps.append(self._export())
         if benchmark:
             last = steps[-1]
-            steps.append(self._step(AFTER, self._measuring(last.weights_bytes), last.disk_bytes))
+            steps.append(self._step(AFTER, self._measuring(self._folder_bytes()), last.disk_bytes))
         return steps
 
     def _step(self, name: str, parts: costs.Parts, disk: int | None = None, note: str = "") -> PlanStep:
         parts = {"runtime": costs.RUNTIME_BYTES} | {part: size for part, size in parts.items() if size}
         disk = sum(self.stages) + SMALL_FILES_BYTES if disk is None else disk
-        return PlanStep(name, costs.total(parts), disk, self._folder_bytes(), note, parts)
+        size = self._folder_bytes(running_format(self.shape.contents()))
+        return PlanStep(name, costs.total(parts), disk, size, note, parts)
 
     def _folder_bytes(self, format: str | None = None) -> int:
-        """Bytes of the weights' files of a folder in this format (None: that of `model/`)."""
+        """Bytes of the weights' files of a folder in this format (None: that of `model/`), an adapter beside it where
+        that is loaded with it."""
         contents = self.shape.contents()
-        adapter = checkpoint_bytes(self.shape.adapter) if self.shape.adapter and format is None else 0
+        loaded = format in (None, running_format(contents))
+        adapter = checkpoint_bytes(self.shape.adapter) if self.shape.adapter and loaded else 0
         return _named(format or default_format(contents)).file_bytes(contents) + adapter
 
     def _fitted(self, pass_: Pass) -> Pass:

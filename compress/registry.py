@@ -209,7 +209,7 @@ def _options(cls: Any, prefix: str) -> list[Option]:
 
 def models_in(annotation: Any) -> Iterator[Any]:
     """The pydantic models in a field's type, those in lists and unions included."""
-    if hasattr(annotation, "model_fields"):
+    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):  # an Annotated passes attributes on
         yield annotation
     for part in get_args(annotation):
         yield from models_in(part)

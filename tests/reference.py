@@ -1161,3 +1161,52 @@ def gptq_to_points(weight, matrix, points, group_size, order, damping=0.01):
         work[:, after] -= np.outer(error / remaining[column, column], remaining[column, after])
         remaining = remaining - np.outer(remaining[:, column], remaining[column, :]) / remaining[column, column]
     return found
+
+
+# ---------------------------------------------------------------------------------------------------- trellis
+
+
+def trellis_values(codes: list[int], bits: int, table: list[float]) -> list[float]:
+    """What the codes of one row stand for: after each, the last 8 bits of the stream, its newest bit counting most."""
+    stream, found = [0] * 8, []
+    for code in codes:
+        stream += [(code + 2 ** (bits - 1)) >> place & 1 for place in range(bits)]
+        found.append(table[sum(bit << place for place, bit in enumerate(stream[-8:]))])
+    return found
+
+
+def trellis_least_error(row, weights, bits: int, table: list[float]) -> float:
+    """The least sum of weights * (x - value)**2 over all sequences of codes there are."""
+    codes = range(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    return min(
+        sum(w * (x - v) ** 2 for w, x, v in zip(weights, row, trellis_values(list(each), bits, table), strict=True))
+        for each in itertools.product(codes, repeat=len(row))
+    )
+
+
+def per_survivor(row, scales, matrix, bits: int, table: list[float], stretch: int, damping: float) -> list[int]:
+    """Codes of one row for which (row - values) H (row - values)^T is small: Viterbi's algorithm with a survivor for
+    each state (the 8 - bits newest bits), and the errors that the survivor itself has made in each branch's cost.
+
+    H = U diag(p) U^T with U upper triangular and ones on its diagonal, so that an error d costs
+    sum_k p_k (d_k + sum_{i<k} d_i U_ik)**2. After each `stretch` of columns only the cheapest survivor goes on.
+    """
+    root = np.linalg.cholesky(damped(matrix, damping)[::-1, ::-1])[::-1, ::-1]
+    pivots, upper = np.diag(root) ** 2, root / np.diag(root)
+    survivors = {0: (0.0, [], [])}  # state -> cost, codes, errors
+    for k in range(len(row)):
+        reached = {}
+        for state, (cost, codes, errors) in survivors.items():
+            wanted = row[k] + sum(error * upper[i, k] for i, error in enumerate(errors))
+            for code in range(2**bits):
+                window = code << (8 - bits) | state
+                value = scales[k] * table[window]
+                total = cost + pivots[k] * (wanted - value) ** 2
+                if window >> bits not in reached or total < reached[window >> bits][0]:
+                    path = ([*codes, code - 2 ** (bits - 1)], [*errors, row[k] - value])
+                    reached[window >> bits] = (total, *path)
+        survivors = reached
+        if (k + 1) % stretch == 0:
+            least = min(survivors, key=lambda state: survivors[state][0])
+            survivors = {least: survivors[least]}
+    return min(survivors.values(), key=lambda survivor: survivor[0])[1]

@@ -262,8 +262,7 @@ def test_a_size_is_kept_to_the_byte(
     found = _written(tiny_folder, recipe, tmp_path / "out")
     assert found <= size
     assert found > min(size, most) * 0.97
-    if not ends:  # else model/ has the embedding unpacked
-        assert found <= planned.weights_bytes <= size
+    assert found <= planned.weights_bytes <= size
 
 
 def test_a_size_below_the_fewest_bits_is_refused_with_what_they_take(tiny_folder: Path, text_file: Path) -> None:

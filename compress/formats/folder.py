@@ -90,6 +90,12 @@ def packed_export_note(contents: Contents) -> str | None:
     )
 
 
+def running_format(contents: Contents) -> str:
+    """The format of the folder that `compress.load` runs from, whose bytes are the model's size: that of `model/`, or
+    packed where `exports/packed` has to stand beside it."""
+    return "packed" if packed_export_note(contents) else default_format(contents)
+
+
 def write_ordinary_files(
     folder: Path,
     contents: Contents,

@@ -24,7 +24,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from compress.maths.trellis_tables import TABLES, UNIT
 
@@ -32,8 +31,8 @@ from compress.maths.trellis_tables import TABLES, UNIT
 BITS, WINDOW = tuple(TABLES), 8
 #: How often scales are fitted to the numbers that rounding chose, and rounding done anew.
 FITS = 5
-#: Weights whose costs are in memory at once, where there is no compiled code for it.
-_AT_ONCE = 1 << 14
+#: Weights whose windows are in memory at once, or paths where there is no compiled code for it; those with corrections.
+_AT_ONCE, _CORRECTED_AT_ONCE = 1 << 18, 1 << 16
 
 
 @cache
@@ -43,19 +42,21 @@ def table_of(bits: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def windows(codes: Tensor, bits: int) -> Tensor:
-    """int8 codes `[rows, columns]` -> int64 `[rows, columns]`: the 8 bits that end with each, the newest on top."""
-    stream = codes.to(torch.int64) + (1 << (bits - 1))
-    found = torch.zeros_like(stream)
-    for back in range(-(-WINDOW // bits)):
-        shift = WINDOW - bits * (back + 1)
-        past = functional.pad(stream, (back, 0))[:, : stream.shape[1]]
-        found |= past << shift if shift >= 0 else past >> -shift
-    return found
+    """int8 codes `[rows, columns]` -> int32 `[rows, columns]`: the 8 bits that end with each, the newest on top."""
+    stream = codes.to(torch.int16).add_(1 << (bits - 1))
+    found = stream << (WINDOW - bits)
+    for back in range(1, min(-(-WINDOW // bits), stream.shape[1])):
+        shift, past = WINDOW - bits * (back + 1), stream[:, :-back]
+        found[:, back:] |= past << shift if shift >= 0 else past >> -shift
+    return found.to(torch.int32)
 
 
 def values(codes: Tensor, bits: int) -> Tensor:
     """float32 `[rows, columns]`: what the codes of whole rows stand for, before the scale."""
-    return table_of(bits, codes.device)[windows(codes, bits)]
+    table, found = table_of(bits, codes.device), torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    for rows in _few(codes, _AT_ONCE):
+        torch.index_select(table, 0, windows(codes[rows], bits).flatten(), out=found[rows].view(-1))
+    return found
 
 
 def round_rows(x: Tensor, bits: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ def round_rows(x: Tensor, bits: int, weights: Tensor | None = None) -> tuple[Ten
     if cpu_trellis.fits(x):
         return cpu_trellis.round_rows(x, bits, table_of(bits), weights)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    for rows in _few(*x.shape):
+    for rows in _few(x, _AT_ONCE):
         codes[rows] = _cheapest(x[rows], bits, weights)
     return codes, values(codes, bits)
 
@@ -90,7 +91,7 @@ def settle(
     if cpu_trellis.fits(work):
         return cpu_trellis.settle(work, target, scale, upper, pivots, bits, table_of(bits), begin)
     codes, found = torch.empty(work.shape, dtype=torch.int8, device=work.device), torch.empty_like(work)
-    for rows in _few(*work.shape):
+    for rows in _few(work, _CORRECTED_AT_ONCE):
         codes[rows], found[rows], begin[rows] = _settled(
             work[rows], target[rows], scale[rows], upper, pivots, bits, begin[rows]
         )
@@ -101,7 +102,7 @@ def find_scales(grouped: Tensor, bits: int, search: bool, importance: Tensor | N
     """Scale `[rows, groups]` for weights `[rows, groups, size]`: each group's root mean square, with `search` fitted to
     what rounding makes of the row, by least squares (`importance` `[groups, size]` weighs the columns)."""
     scale = grouped.square().mean(2).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale) * torch.finfo(torch.float16).smallest_normal)
+    scale = scale.masked_fill(scale == 0, torch.finfo(torch.float16).smallest_normal)
     weights = None if importance is None else importance / importance.mean().clamp(min=1e-30)
     for _ in range(FITS if search else 0):
         steps = (grouped / scale.unsqueeze(2)).flatten(1)
@@ -113,9 +114,23 @@ def find_scales(grouped: Tensor, bits: int, search: bool, importance: Tensor | N
     return scale
 
 
-def _few(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _AT_ONCE // max(1, columns) * 16)
-    return (slice(first, first + step) for first in range(0, rows, step))
+def search_bytes(columns: int, bits: int) -> int:
+    """What finding the best paths of rows takes beside what is rounded: tables of the weights that `find_scales` has at
+    once, and where each path came from: compiled, of 16 rows for each thread, a byte a node."""
+    from compress.maths.grid import CHUNK_ELEMENTS
+    from compress.nn.cpu import library
+
+    nodes, tables = 1 << (WINDOW - bits), 6 * 4 * max(CHUNK_ELEMENTS, columns)
+    if library() is not None:
+        threads: int = torch.get_num_threads()
+        return tables + threads * columns * nodes * 16
+    plain = max(_AT_ONCE, columns) * nodes + 6 * 4 * (1 << WINDOW) * max(1, _AT_ONCE // columns)
+    return tables + max(plain, (4 * 4 + 1) * nodes * _CORRECTED_AT_ONCE)
+
+
+def _few(x: Tensor, at_once: int) -> Iterator[slice]:
+    step = max(1, at_once // max(1, x.shape[1]))
+    return (slice(first, first + step) for first in range(0, len(x), step))
 
 
 def _cheapest(x: Tensor, bits: int, weights: Tensor | None) -> Tensor:
@@ -130,14 +145,15 @@ def _cheapest(x: Tensor, bits: int, weights: Tensor | None) -> Tensor:
         if weights is not None:
             error *= weights[column]
         costs, origin = (error + costs[:, before]).unflatten(1, (nodes, -1)).min(2)
-        origins.append(origin)
+        origins.append(origin.to(torch.uint8))
     return _traced(costs, origins, bits)[0]
 
 
 def _traced(costs: Tensor, origins: list[Tensor], bits: int) -> tuple[Tensor, Tensor]:
     """Codes int8 `[rows, columns]` of the cheapest path, and the node that it ends in.
 
-    costs: the last, `[rows, nodes]`. origins: for each column, the oldest bits of the window that leads to each node.
+    costs: the last, `[rows, nodes]`. origins: for each column uint8 `[rows, nodes]`, the oldest bits of the window
+    that leads to each node.
     """
     last = node = costs.argmin(1)
     codes = []
@@ -167,7 +183,7 @@ def _settled(
         from_node = window & (nodes - 1)
         paths = paths.gather(1, from_node.unsqueeze(2).expand_as(paths)) + change.unsqueeze(2) * upper[column]
         started = started.gather(1, from_node)
-        origins.append(origin)
+        origins.append(origin.to(torch.uint8))
     codes, last = _traced(costs, origins, bits)
     stream = _after(started.gather(1, last.unsqueeze(1)), codes, bits)
     return codes, table[stream], last.to(torch.int32)

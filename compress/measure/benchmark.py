@@ -190,10 +190,18 @@ def _meanwhile(work: Callable[[], None], job: BenchmarkJob, largest: Measurement
 
 
 def _files(found: Measurements, original_parameters: int) -> None:
-    adapter = adapter_beside(found.folder)
-    folders = [found.folder] if adapter is None else [found.folder, adapter]
-    sizes = [file.stat().st_size for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-    found.records |= {"file_bytes": sizes, "total_bytes": [sum(sizes)], "original_parameters": [original_parameters]}
+    """Sizes of the files that `compress.load` runs from, and of those in the folder where these are others."""
+    from compress.loading import find_model
+
+    def sizes(folder: Path) -> list[int]:
+        folders = [folder] if adapter is None else [folder, adapter]
+        return [file.stat().st_size for each in folders for file in sorted(each.glob("*.safetensors"))]
+
+    adapter, runs_from = adapter_beside(found.folder), find_model(found.folder)
+    packed = sizes(runs_from)
+    found.records |= {"file_bytes": packed, "total_bytes": [sum(packed)], "original_parameters": [original_parameters]}
+    if runs_from != found.folder:
+        found.records["unpacked_bytes"] = [sum(sizes(found.folder))]
 
 
 def _figures(found: Measurements, job: BenchmarkJob, *, is_original: bool) -> None:
@@ -256,6 +264,8 @@ def figure_of(
     unit, detail = metric.unit, dict(computed.pop("detail", {}))
     if base == "peak_memory_bytes":
         detail["above_import_bytes"] = found.records[f"above_import_bytes{suffix}"][0]
+    if metric.predictions in ("file_bytes", "total_bytes") and "unpacked_bytes" in records:
+        detail |= {"folder": "exports/packed", "unpacked_bytes": records["unpacked_bytes"][0]}
     if "speed" in metric.needs:
         cell = variant.removeprefix(runtime).removeprefix(", ")
         detail |= speed_detail(found.costs[of or runtime], f"{base}/{cell}", computed["value"])

@@ -283,7 +283,8 @@ class _Total(RecordedMetric):
 
 
 class WeightsBytes(_Total):
-    """Bytes of all `*.safetensors` files of the folder."""
+    """Bytes of all `*.safetensors` files of the folder that `compress.load` runs from: `model/`, or `exports/packed`
+    where `model/` could only be written unpacked."""
 
     metric, unit, higher_is_better = "weights_bytes", "B", False
     needs = frozenset({"files"})

@@ -2,12 +2,11 @@
 //
 // A window of 8 bits stands for a number, and each new code pushes BITS of them out of it. Here windows are kept with
 // their bits in reverse: the newest code is lowest, so that the windows that lead to one node, what is left of a window
-// when the oldest code has gone, lie a fixed distance apart and are compared side by side. Plain loops, which the compiler turns
-// into vectors, built for each level of instructions; the sums are the same at all of them.
+// when the oldest code has gone, lie a fixed distance apart and are compared side by side. Plain loops, which the
+// compiler turns into vectors, built for each level of instructions; the sums are the same at all of them.
 #pragma once
 
 #include <cfloat>
-#include <utility>
 
 #include "cpu_floats.h"
 
@@ -43,7 +42,7 @@ __attribute__((always_inline)) inline void round_rows(const float* x, const floa
                                                       const float* table, int8_t* codes, float* values,
                                                       std::vector<uint8_t>& from) {
     constexpr int NODES = WINDOWS >> BITS, BRANCHES = 1 << BITS;
-    Floats one[NODES], other[NODES], *now = one, *next = other;
+    Floats now[NODES], next[NODES];
     for (int node = 0; node < NODES; node++) now[node] = Floats{} + (node ? FAR : 0.0f);
     for (int64_t c = 0; c < columns; c++) {
         const float weight = weights ? weights[c] : 1.0f;
@@ -64,7 +63,8 @@ __attribute__((always_inline)) inline void round_rows(const float* x, const floa
             const Bytes narrow = __builtin_convertvector(which, Bytes);
             std::memcpy(&from[(c * NODES + node) * LANES], &narrow, LANES);
         }
-        std::swap(now, next);
+        const Floats least = next[0];  // only differences count: kept small, they stay exact in long rows
+        for (int node = 0; node < NODES; node++) now[node] = next[node] - least;
     }
     for (int j = 0; j < many; j++) {
         int node = 0;

@@ -9,22 +9,24 @@ from compress.nn.cpu import LEVELS, library
 
 
 def fits(x: Tensor) -> bool:
-    """Whether there is compiled code for float32 numbers where these are."""
-    return x.is_cpu and library() is not None
+    """Whether there is compiled code for these float32 numbers. Those on a GPU come here and go back: that is nothing
+    beside what the paths would take there, a column at a time."""
+    return x.device.type != "meta" and library() is not None
 
 
 def round_rows(
     x: Tensor, bits: int, table: Tensor, weights: Tensor | None = None, level: int = max(LEVELS)
 ) -> tuple[Tensor, Tensor]:
     """As `maths.trellis.round_rows`, of contiguous float32 tensors. `level`: the most of the processor to use."""
-    found = library()
+    found, device = library(), x.device
     assert found is not None
+    x, table, weights = x.cpu(), table.cpu(), None if weights is None else weights.cpu()
     codes, values = torch.empty(x.shape, dtype=torch.int8), torch.empty_like(x)
     found.compress_trellis_round(
         x.data_ptr(), None if weights is None else weights.data_ptr(), *x.shape, bits, table.data_ptr(),
         codes.data_ptr(), values.data_ptr(), torch.get_num_threads(), level,
     )  # fmt: skip
-    return codes, values
+    return codes.to(device), values.to(device)
 
 
 def settle(
@@ -32,16 +34,17 @@ def settle(
     level: int = max(LEVELS),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `maths.trellis.settle`, of contiguous float32 tensors; the nodes in `begin` are replaced."""
-    found = library()
+    found, device = library(), work.device
     assert found is not None
+    work, target, scale, upper, pivots = (part.cpu() for part in (work, target, scale, upper, pivots))
     codes, values = torch.empty(work.shape, dtype=torch.int8), torch.empty_like(work)
-    nodes = _turned(begin, bits).to(torch.int32).contiguous()
+    nodes, table = _turned(begin.cpu(), bits).to(torch.int32).contiguous(), table.cpu()
     found.compress_trellis_settle(
         work.data_ptr(), target.data_ptr(), scale.data_ptr(), upper.data_ptr(), pivots.data_ptr(), *work.shape, bits,
         table.data_ptr(), nodes.data_ptr(), codes.data_ptr(), values.data_ptr(), torch.get_num_threads(), level,
     )  # fmt: skip
     begin.copy_(_turned(nodes, bits))
-    return codes, values
+    return codes.to(device), values.to(device)
 
 
 def _turned(nodes: Tensor, bits: int) -> Tensor:

@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.maths.feedback import Factor, factorise, round_columns
+from compress.maths.feedback import STRETCH, Factor, factorise, round_columns
 from compress.maths.grid import QuantSpec, compute_dtype, dequantize, find_params
 from compress.maths.hessian import NotPositiveDefinite, mean_diagonal, quadratic_form
 from compress.maths.named_grids import SUPER_BLOCKS, SUPER_COLUMNS, TRELLIS
@@ -155,7 +155,9 @@ class GPTQ(RoundingPass):
         description="Share of the Hessian's mean diagonal added to it; rises tenfold, up to 1, if that is too little.",
     )
     block_size: int = Field(
-        default=128, ge=1, description="Columns corrected at once: speed and memory, not the result."
+        default=128,
+        ge=1,
+        description="Columns corrected at once: speed and memory, not the result (on a trellis: in multiples of 64).",
     )
     search: bool = Field(
         default=True,
@@ -194,9 +196,11 @@ class GPTQ(RoundingPass):
         """Tables in float32, the larger of two moments. Factorising: the reordered Hessian and its Cholesky factor (for
         GPTAQ four more: deviation, reordered, and two solves). Rounding the layers of one input together, taken to be
         those of one shape: factor, weights in their own dtype and transposed, as they were and as corrected, codes, and
-        what goes on in a block of columns; and, left to right, a super-block's weights while its grid is found."""
+        what goes on in a block of columns; and, left to right, a super-block's weights while its grid is found, or a
+        stretch's while its path is (weights, as they were and as corrected, scales, codes and numbers)."""
         propagates = self.needs_original
         found = 3 * 4 * SUPER_COLUMNS if self.grid in SUPER_BLOCKS and not self.act_order else 0
+        found += 8 * 4 * STRETCH if self.grid == TRELLIS else 0
         together: dict[tuple[int, int], int] = {}
         for layer in layers:
             shape = (layer.inputs, layer.outputs)
@@ -208,7 +212,7 @@ class GPTQ(RoundingPass):
             return max((6 if propagates else 2) * square, rounding)
 
         most = max((of(inputs, rows) for (inputs, _), rows in together.items()), default=0)
-        return (1 + propagates) * hessian_bytes(layers, self.true_sequential) + most
+        return (1 + propagates) * hessian_bytes(layers, self.true_sequential) + most + self.path_bytes(layers)
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         """All Hessians from one run of the block as it came in; with `true_sequential`, a run for each stage of it."""

@@ -172,7 +172,7 @@ class RoundingPass(BlockPass):
         """
         if not isinstance(self.bits, BitBudget):
             return self
-        from compress.formats.base import layer_kinds, of_kind
+        from compress.formats.base import grid_of_its_own, layer_kinds, of_kind
         from compress.formats.compressed_tensors import CompressedTensors
 
         for block in model.block_list():  # a group that does not divide is refused before anything is counted
@@ -184,7 +184,7 @@ class RoundingPass(BlockPass):
             name: grids[0 if i else -1] for i, (name, grids) in enumerate(zip(costs.names, costs.grids, strict=True))
         }
         reason = CompressedTensors().refuses(model.dtype, kinds, mixed)
-        if reason and not of_kind("Conv1D", kinds, mixed):
+        if reason and not grid_of_its_own(mixed) and not of_kind("Conv1D", kinds, mixed):
             raise StartError(reason)
         _, filled = limits_of(self.bits, costs)
         return self.allocated({name: self.bits.choices[c] for name, c in zip(costs.names, filled, strict=True)})
@@ -236,6 +236,12 @@ class RoundingPass(BlockPass):
         result = walk(worker, model, context)
         return PassResult(model, result.blocks, result.coverage, {**result.measurements, **measurements})
 
+    def path_bytes(self, layers: Sequence[LayerShape]) -> int:
+        """On a trellis: what the search for the best path through the longest row takes."""
+        bits = self.bits.choices[0] if isinstance(self.bits, BitBudget) else self.bits
+        longest = max((layer.inputs for layer in layers), default=0)
+        return trellis.search_bytes(longest, bits) if self.grid == TRELLIS and longest else 0
+
     def preparing_bytes(self, shape: ModelShape, layers: Sequence[Sequence[LayerShape]], length: int) -> int:
         """With a budget, while sensitivity is measured: hidden states of the text, as many times as there are variants
         side by side (fisher: blocks), one rounded weight, for fisher gradients and their squares, and logits."""
@@ -250,7 +256,8 @@ class RoundingPass(BlockPass):
             copies, differentiated = len(layers) + 3, (4 + size) * in_block
         # rounded: in float32, as codes, dequantized, and packed in the model's dtype; all of a block for the check
         rounding = max(13 * max(weights), differentiated + 12 * max(weights), (4 + size) * in_block)
-        return measuring_bytes(shape, length, copies, rounding, backward)
+        paths = max(map(self.path_bytes, layers))
+        return measuring_bytes(shape, length, copies, rounding + paths, backward)
 
     def _allocate(self, budget: BitBudget, model: ModelHandle, context: Context) -> dict[str, Any]:
         """Measured once: a continued run takes what the stage has, whatever was rounded since."""

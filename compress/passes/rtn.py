@@ -79,7 +79,7 @@ class RTN(RoundingPass):
     )
 
     def working_bytes(self, layers: Sequence[LayerShape], tokens_per_batch: int) -> int:
-        return rounding_bytes(layers)
+        return rounding_bytes(layers) + self.path_bytes(layers)
 
     def compress_block(self, block: Block, calibration: BlockCalibration | None) -> dict[str, Any]:
         layers = block.layers(self.targets, self.skip)

@@ -63,13 +63,23 @@ def _times(ratio: float) -> str:
 
 
 def size_words(report: Report) -> str:
-    """`4.1 × smaller`."""
+    """`4.1 × smaller`, and which folder is, where `model/` could not be packed."""
     compared = report.comparison.get("weights_bytes")
     if compared is None or not compared.ratio:
         return ""
     if abs(compared.ratio - 1) < 0.005:
         return "the same size on disk"
-    return f"{_times(1 / compared.ratio)} smaller" if compared.ratio < 1 else f"{_times(compared.ratio)} larger on disk"
+    if compared.ratio > 1:
+        return f"{_times(compared.ratio)} larger on disk"
+    return f"{_times(1 / compared.ratio)} smaller{_where(report)}"
+
+
+def _where(report: Report) -> str:
+    """Where the bytes are that the size counts, if they are not those of `model/`."""
+    figure = report.compressed.get("weights_bytes")
+    if figure is None or "unpacked_bytes" not in figure.detail:
+        return ""
+    return f" ({figure.detail['folder']}, for compress.load; model/ has the weights unpacked)"
 
 
 def quality_words(report: Report) -> list[str]:
