@@ -58,7 +58,7 @@ def row(options: argparse.Namespace, method: str, bits: int, group: int, seed: i
         made = compress.run(recipe)
         seconds = time.monotonic() - started
         overrides = [f"data.evaluation={json.dumps(evaluation)}", f"benchmark.metrics={METRICS}"]
-        found = compress.benchmark([options.model, f"{scratch}/run/model"], overrides=overrides)
+        found = compress.benchmark([options.model, f"{scratch}/run"], overrides=overrides)
     figures = {name: figure.value for name, figure in found.compressed.items()}
     return {
         "method": method, "bits": bits, "group_size": group, "seed": seed,

@@ -187,17 +187,18 @@ def own_grid_in_words(name: str, grid: str) -> str | None:
     """Why the format `name`, of plain integers, cannot hold layers on this grid, if it is one of its own; or None."""
     from compress.maths.named_grids import SUPER_BLOCKS, TRELLIS
 
-    instead = f"{name} holds what is rounded with bits, group_size and symmetric in the grid's place."
     if grid == TRELLIS:
         return (
             f"{name} holds codes that each stand for a number, and on grid trellis they do so with their neighbours: "
-            f"model/ has the rounded weights unpacked and exports/packed has them packed; {instead}"
+            f"model/ has the rounded weights unpacked and exports/packed has them packed. {name} holds what is rounded "
+            "with `grid` left out (in quantize: `grid: integer`)."
         )
     if grid not in SUPER_BLOCKS:
         return None
     return (
         f"{name} holds a scale for each group, and no super-blocks, which grid {grid} has: export gguf holds them, and "
-        f"model/ has the rounded weights unpacked; {instead}"
+        f"model/ has the rounded weights unpacked; {name} holds what is rounded with bits, group_size and symmetric in "
+        "the grid's place."
     )
 
 

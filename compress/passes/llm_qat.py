@@ -2,7 +2,9 @@
 
 Liu et al.: "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", 2023, arXiv 2305.17888: a float
 weight behind each rounded one is trained through the rounding, against the full model's logits (section 2.1, 2.2). Here
-it starts from codes that `gptq` or another pass chose, scales are trained as well, and the text is the recipe's.
+it starts from codes that `gptq` or another pass chose, scales are trained as well, and the text is the recipe's. On a
+trellis every forward finds the cheapest path of every row anew, and the start is half-way from the codes to the
+original weights, where nothing but rounding has changed these.
 
 It needs the memory of training a model: float weights, gradients, and two moments. For models that this is too much
 for, `autoround` and `efficientqat` are the way.
@@ -30,7 +32,11 @@ class LLMQAT(EndToEndPass):
     name: ClassVar[str] = "llm_qat"
 
     learning_rate: float = Field(
-        default=2e-2, gt=0, le=1, description="Peak learning rate of weights, in units of a layer's mean scale."
+        default=2e-2,
+        gt=0,
+        le=1,
+        description="Peak learning rate of weights, in steps of the grid: a layer's mean scale; on a trellis, where that "
+        "is a standard deviation, 4 / 2**bits of it.",
     )
 
     def trained(self, layer: QuantLinear, sparse: bool, original: Tensor | None) -> WeightTrained | RowTrained:
@@ -57,5 +63,6 @@ class LLMQAT(EndToEndPass):
     def trained_bytes(self, shape: ModelShape) -> int:
         packed = [module for module in shape.handle.model.modules() if isinstance(module, QuantLinear)]
         values = sum(m.out_features * (m.in_features + m.spec.groups(m.in_features)) for m in packed)
-        # the rounded weight of each layer is kept for the gradient
-        return 16 * values + 4 * sum(m.out_features * m.in_features for m in packed)
+        # the rounded weight of each layer is kept for the gradient; on a trellis, what it was rounded from and how near
+        kept = sum((7 if m.spec.trellis else 4) * m.out_features * m.in_features for m in packed)
+        return 16 * values + kept
