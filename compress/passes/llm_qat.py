@@ -35,8 +35,8 @@ class LLMQAT(EndToEndPass):
         default=2e-2,
         gt=0,
         le=1,
-        description="Peak learning rate of weights, in steps of the grid: a layer's mean scale; on a trellis, where that "
-        "is a standard deviation, 4 / 2**bits of it.",
+        description="Peak learning rate of weights, in steps of the grid: a layer's mean scale; on a trellis, where "
+        "that is a standard deviation, 4 / 2**bits of it.",
     )
 
     def trained(self, layer: QuantLinear, sparse: bool, original: Tensor | None) -> WeightTrained | RowTrained:
