@@ -6,7 +6,8 @@ A table of 256 numbers for the windows of a trellis is fitted as Lloyd fits a qu
 rounded with the table as it stands, each number becomes the mean of what was rounded to it, and so on. Where that ends
 depends on where it begins, so it begins several times, with the quantiles of the normal distribution scattered over
 the windows by multiplication modulo 256, and the table with the least error on rows of its own is kept. Numbers are
-multiples of 1/32 that fit int8. Errors go to stderr. Takes half a minute.
+multiples of 1/32 that fit int8. Errors go to stderr. Folders hold codes and no tables, so those in the package are
+for good: better ones would be another grid. Takes half a minute.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import reference
 import torch
@@ -11,6 +13,7 @@ from compress.maths import trellis
 from compress.maths.feedback import STRETCH
 from compress.maths.grid import QuantSpec, dequantize, find_params, quantize
 from compress.maths.packing import pack
+from compress.maths.trellis_tables import TABLES
 from compress.nn import cpu_trellis
 from compress.nn.cpu import LEVELS, library
 from compress.passes.gptq import GPTQ, gptq
@@ -37,6 +40,14 @@ def random_codes(bits: int, rows: int, columns: int) -> torch.Tensor:
 
 def table(bits: int) -> list[float]:
     return trellis.table_of(bits).tolist()
+
+
+@pytest.mark.parametrize(
+    ("bits", "digest"), [(2, "934fe55d8aba1665"), (3, "b331409d706c7098"), (4, "4f25d6805855dd21")]
+)
+def test_tables_never_change_since_folders_are_read_with_them(bits, digest):
+    numbers = bytes(number % 256 for number in TABLES[bits])
+    assert hashlib.sha256(numbers).hexdigest()[:16] == digest
 
 
 @pytest.fixture(params=["compiled", "torch"])
