@@ -1,8 +1,8 @@
 """Every rounding method at 8, 4, 3 and 2 bits on one language model: quality, time and memory, row by row.
 
     python benchmarks/rounding.py MODEL --calibration FILE --evaluation FILE --name NAME
-        [--methods rtn gptq ...] [--grids 8:64 4:64 3:64 2:32] [--seeds 1234] [--training FILE] [--samples 400]
-        [--length 256] [--tokens 4000000] [--again]
+        [--methods rtn gptq gptq@trellis ...] [--grids 8:64 4:64 3:64 2:32] [--seeds 1234] [--training FILE]
+        [--samples 400] [--length 256] [--tokens 4000000] [--again]
 
 Each row is a whole run (recipe in, folder out, verified by plain transformers), measured by `compress.benchmark` beside
 the original: perplexity over sequential windows, first position unscored. Only the linear layers of the blocks are
@@ -30,8 +30,11 @@ METRICS = "[perplexity, kl_divergence, top1_agreement, weights_bytes]"
 
 
 def passes(method: str, grid: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
-    """The recipe's passes for a row. `a+b`: one after the other, the grid being that of the first."""
+    """The recipe's passes for a row. `a+b`: one after the other, the grid being that of the first; `a@trellis`: on the
+    grid of that name."""
     first, *rest = method.split("+")
+    first, _, named = first.partition("@")
+    grid = {**grid, "grid": named} if named else grid
     if first in ("fast", "balanced", "best"):
         more = {"tokens": tokens} if first == "best" else {}
         return [{"quantize": {"preset": first, **grid, **more}}]
