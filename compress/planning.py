@@ -218,7 +218,8 @@ class _Walkthrough:
             steps.append(self._step(f"{pass_.name}: {DAMAGE}", parts))
         if self.wanted.of_stage(self.recipe, place) and self._times():
             size = self._folder_bytes()
-            disk = sum(self.stages) + size + SMALL_FILES_BYTES
+            packed = self._folder_bytes("packed") if packed_export_note(self.shape.contents()) else 0
+            disk = sum(self.stages) + size + packed + SMALL_FILES_BYTES
             steps.append(self._step(f"{pass_.name}: {SPEED}", costs.stage(self.shape, self.holding, size), disk))
         return steps
 

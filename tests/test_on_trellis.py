@@ -10,7 +10,7 @@ import torch
 
 import compress
 from compress.comparing import benchmark
-from compress.errors import RecipeError, StartError
+from compress.errors import CompressError, RecipeError, StartError
 from compress.formats.base import Contents
 from compress.formats.compressed_tensors import CompressedTensors
 from compress.formats.folder import default_format, packed_export_note, write_model_folder
@@ -88,7 +88,7 @@ def test_a_weight_that_is_trained_starts_half_way_to_the_original_unless_that_is
     scale = layer.scales().float().repeat_interleave(16, 1)
     numbers = layer.dequantize(torch.float32) / scale
     like = (numbers + 0.25) * scale
-    like[0, 0] = 100 * scale[0, 0]
+    like[0, 0] = 6 * scale[0, 0]
     expected = numbers + 0.125
     expected[0, 0] = numbers[0, 0]
     torch.testing.assert_close(RowTrained(layer, like).weight.detach(), expected, rtol=1e-4, atol=1e-4)
@@ -153,6 +153,28 @@ def test_training_brings_the_model_nearer_to_the_original(cls):
     assert result.measurements["losses"][-1]["loss"] < result.measurements["losses"][0]["loss"]
     same = [torch.equal(layer.codes()[0], codes[name]) for name, layer in layers_of(model).items()]
     assert all(same) if cls is compress.EfficientQAT else not all(same)
+
+
+def test_block_distill_is_refused_in_another_basis():
+    model = tiny_model("llama")
+    compress.Rotate()(model, calibration=TEXT)
+    compress.GPTQ(**on_trellis())(model, calibration=TEXT)
+    with pytest.raises(StartError, match="rotate turned that"):
+        compress.BlockDistill(iterations=2)(model, calibration=TEXT, original=tiny_model("llama"))
+
+
+def test_an_original_in_another_basis_is_no_start_for_training():
+    layer = packed(3)
+    other = RowTrained(layer, torch.randn(6, 64) * float(layer.scales().float().mean()))
+    assert torch.equal(other.weight, RowTrained(layer).weight)
+
+
+def test_a_weight_that_diverged_is_not_packed():
+    layer = RowTrained(packed(3))
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    with pytest.raises(CompressError, match="training diverged"):
+        layer.packed()
 
 
 def test_block_distill_brings_the_model_nearer_too():

@@ -257,6 +257,8 @@ class _OnTrellis(_Rounding):
 
     def __init__(self, target: Tensor, factor: Factor, *rest: Any):
         super().__init__(target, factor, *rest)
+        if bool((factor.order.diff() != 1).any()):
+            raise ValueError("rows on a trellis are rounded from left to right: factorise without act_order")
         self.short = STRETCH
         self.nodes = torch.zeros(target.shape[1], dtype=torch.int32, device=target.device)
 

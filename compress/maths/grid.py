@@ -202,8 +202,8 @@ def find_params(
     turn it round, and the scale of such a group is negative. On a grid with minima, these stand in the zero points'
     place, in float32; on a trellis, the scale is fitted to what rounding makes of the whole row.
 
-    A group of zeros gets scale 1 and zero 0; on a trellis, which has no zero, the smallest scale. A scale too small for
-    its dtype becomes the smallest number that it holds; one too large, or a weight that is not finite, is a
+    A group of zeros gets scale 1 and zero 0; on a trellis, which has no zero, the smallest normal float16. A scale too
+    small for its dtype becomes the smallest number that it holds; one too large, or a weight that is not finite, is a
     CompressError. Groups that do not divide: StartError.
     """
     rows, columns = weight.shape

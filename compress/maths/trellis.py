@@ -4,8 +4,9 @@ A row's codes of 2, 3 or 4 bits are one stream of bits, as they are packed anywa
 code, its window, stand for a number of a table of 256: `weight ~ table[window] * scale`, with a scale for each group of
 neighbouring columns. Each weight can thus be any of 256 numbers and takes no more bits than on a grid of 4, 8 or 16;
 what it becomes decides in part what its neighbours can be, so that a row is rounded as a whole: the codes with the
-least squared error are the cheapest path through a trellis of `2**(8 - bits)` nodes, which Viterbi's algorithm finds.
-On normally distributed weights the squared error is about two thirds of the integer grid's.
+least squared error, in units of the scales, are the cheapest path through a trellis of `2**(8 - bits)` nodes, which
+Viterbi's algorithm finds. On normally distributed weights the squared error is about two thirds of the integer
+grid's.
 
 Marcellin and Fischer: "Trellis Coded Quantization of Memoryless and Gauss-Markov Sources", 1990; Tseng et al.: "QTIP:
 Quantization with Trellises and Incoherence Processing", 2024, arXiv 2406.11235, section 3 (the "bitshift" trellis).

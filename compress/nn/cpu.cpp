@@ -9,8 +9,7 @@
 // (AVX512-VBMI), inputs become whole numbers with a step for each 128 columns, of 23 bits, or of 15 for bfloat16: the sums
 // of these are exact, and their rounding is below that of float32 sums, or of the result in bfloat16.
 // Sums are taken in float32 within a group, times the scale, over the groups in order: results do not depend on the
-// number of threads. Activations are rounded to int8 where that is asked for, and never
-// otherwise.
+// number of threads. Activations are rounded to int8 where that is asked for, and never otherwise.
 //
 // Plain C interface and no dependency: loaded by ctypes. OpenMP's symbols are left open when this is linked, so that
 // torch's own threads are used and not a second set of them.

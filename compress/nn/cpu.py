@@ -77,7 +77,7 @@ class Prepared(PreparedLayer):
 @cache
 def _table(bits: int) -> Tensor:
     """What windows along a trellis stand for, as the kernel's `Table` has it: bytes uint8 `[5 * 256]`."""
-    numbers = torch.tensor(TABLES[bits], dtype=torch.int8)
+    numbers = torch.tensor(TABLES[bits], dtype=torch.int8, device="cpu")
     return torch.cat([numbers.view(torch.uint8), numbers.float().view(torch.uint8)])
 
 
@@ -143,7 +143,8 @@ def why_not_int8(layer: QuantLinear | None = None) -> str | None:
     if layer is None:
         return None
     if layer.spec.trellis:
-        return None if found.compress_vbmi() else "this processor lacks AVX-512 VBMI, which a trellis needs for it"
+        lacking = None if found.compress_vbmi() else "this processor lacks AVX-512 VBMI, which a trellis needs for it"
+        return lacking or why_not(layer)
     least = STEP * 8 // layer.spec.bits
     if layer.spec.bits == 3 or layer.in_features // layer.weight_scale.shape[1] % least:
         return f"it takes 2, 4 or 8 bits and groups in multiples of {STEP * 4}, {STEP * 2} or {STEP}"
@@ -195,7 +196,7 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     kept: Tensor | None = getattr(_kept, "bytes", None)
     size = count * dtype.itemsize
     if kept is None or kept.numel() < size:
-        kept = _kept.bytes = torch.empty(size, dtype=torch.uint8)
+        kept = _kept.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
     return kept[:size].view(dtype)
 
 

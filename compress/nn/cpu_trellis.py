@@ -21,7 +21,7 @@ def round_rows(
     found, device = library(), x.device
     assert found is not None
     x, table, weights = x.cpu(), table.cpu(), None if weights is None else weights.cpu()
-    codes, values = torch.empty(x.shape, dtype=torch.int8), torch.empty_like(x)
+    codes, values = torch.empty_like(x, dtype=torch.int8), torch.empty_like(x)
     found.compress_trellis_round(
         x.data_ptr(), None if weights is None else weights.data_ptr(), *x.shape, bits, table.data_ptr(),
         codes.data_ptr(), values.data_ptr(), torch.get_num_threads(), level,
@@ -37,7 +37,7 @@ def settle(
     found, device = library(), work.device
     assert found is not None
     work, target, scale, upper, pivots = (part.cpu() for part in (work, target, scale, upper, pivots))
-    codes, values = torch.empty(work.shape, dtype=torch.int8), torch.empty_like(work)
+    codes, values = torch.empty_like(work, dtype=torch.int8), torch.empty_like(work)
     nodes, table = _turned(begin.cpu(), bits).to(torch.int32).contiguous(), table.cpu()
     found.compress_trellis_settle(
         work.data_ptr(), target.data_ptr(), scale.data_ptr(), upper.data_ptr(), pivots.data_ptr(), *work.shape, bits,

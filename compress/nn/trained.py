@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.errors import CompressError
 from compress.maths import packing, trellis
 from compress.maths.grid import QuantSpec, storable
 from compress.maths.super_blocks import spread
@@ -25,10 +26,10 @@ from compress.nn.quant_linear import MULTIPLES, QuantLinear
 
 #: How far, in steps of the grid, a weight may lie from its code to start with: half a step is the border.
 _EDGE = 0.45
+#: Squared distance, relative to the weight, from which what was rounded must have been another weight.
+_OTHER = 0.5
 #: Where the gradient ends, in half steps of the trellis: four standard deviations of what rounding changes.
 _AWAY = 4.0
-#: How far from its number, in units of the scale, a weight on a trellis may be meant to lie: four standard deviations.
-_NEAR = 4.0
 
 
 class _FromCodes(torch.autograd.Function):  # type: ignore[misc]
@@ -218,7 +219,8 @@ class RowTrained(_TrainedGrid):
 
     That is `weight` [out, in] in units of the scale, not the weight itself: on integers a scale that shrinks meets the
     ends of the grid, which say so in its gradient; on a trellis nothing would hold it. It starts from what the codes
-    stand for, or half-way to `like` [out, in]: from there most rows round to the same codes.
+    stand for, or half-way to `like` [out, in]: from there most rows round to the same codes. A `like` that is no nearer
+    than any other weight would be, a student's or in another basis, is left alone.
     """
 
     def __init__(self, layer: QuantLinear, like: Tensor | None = None):
@@ -227,7 +229,9 @@ class RowTrained(_TrainedGrid):
         if like is not None:
             scale = layer.scales().float()
             wanted = like.detach().float() / scale.repeat_interleave(layer.in_features // scale.shape[1], 1)
-            numbers = torch.where((wanted - numbers).abs() < _NEAR, (numbers + wanted) / 2, numbers)
+            way = (wanted - numbers) / 2
+            if bool(4 * way.square().sum() < _OTHER * wanted.square().sum()):
+                numbers = numbers + torch.where(way.abs() < _AWAY / 2**layer.spec.bits, way, 0.0)
         self.weight = nn.Parameter(numbers)
 
     def units(self) -> tuple[float, float, float]:
@@ -241,7 +245,9 @@ class RowTrained(_TrainedGrid):
         return functional.linear(x.to(dtype), weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def packed(self) -> QuantLinear:
-        """The layer as trained."""
+        """The layer as trained. CompressError where training diverged: paths are found for any number."""
+        if not bool(self.weight.isfinite().all()):
+            raise CompressError("training diverged: a weight is NaN or infinite. Use lower learning rates")
         return self.repacked(trellis.round_rows(self.weight.detach(), self.spec.bits)[0])
 
 

@@ -31,6 +31,7 @@ from compress.corrections import (
 from compress.errors import StartError
 from compress.nn.corrected import Corrected
 from compress.passes.base import Context, Pass, PassResult, selected
+from compress.passes.end_to_end import original_weight
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -96,6 +97,7 @@ class BlockDistill(Pass):
 
     def reshape(self, model: ModelHandle) -> None:
         """Nothing changes its shape; what cannot be trained is refused by the plan already."""
+        self._refuse_turned(model)
         if self.train == "low_rank":
             self._ranks(model)
             return
@@ -109,6 +111,7 @@ class BlockDistill(Pass):
 
         if context.calibration is None:
             raise StartError("block_distill needs calibration text: give calibration=[...] (texts or token ids).")
+        self._refuse_turned(model)
         originals = self._originals(model, context)
         stream = CalibrationStream(model, context.calibration, context.tokens_per_batch, True, originals)
         if self.train == "low_rank":
@@ -117,6 +120,14 @@ class BlockDistill(Pass):
         trained = sum(record["trained"] for record in records)
         total = sum(block.matrix_weights() for block in model.block_list())
         return PassResult(model, records, trained / total)
+
+    def _refuse_turned(self, model: ModelHandle) -> None:
+        """StartError where what blocks give each other is not in the original's basis any more."""
+        if any(entry["pass"] == "rotate" and entry["options"].get("residual", True) for entry in model.history):
+            raise StartError(
+                "block_distill compares what each block gives with the original's, and rotate turned that: leave one "
+                "out, or set residual: false in rotate."
+            )
 
     def _ranks(self, model: ModelHandle) -> dict[str, int]:
         """The rank of each layer that is to have a correction, by its name in the model; StartError for none."""
@@ -291,7 +302,7 @@ class BlockDistill(Pass):
             if self.train == "scales" or block.sparse:  # a code that is zero stands for a zero that is to stay
                 found[name] = ScaleTrained(layer, zero_trained=not block.sparse)
             else:
-                found[name] = weight_trained(layer, _weight_of(calibration.original_module, name, layer))
+                found[name] = weight_trained(layer, original_weight(calibration.original_module, name, layer))
         return found
 
     def _groups(self, block: Block, layers: dict[str, Trained]) -> tuple[Groups, dict[nn.Parameter, Tensor]]:
@@ -354,13 +365,3 @@ class BlockDistill(Pass):
         trained = 4 * (values + 4 * values // blocks) + 4 * 2 * block
         found = closed_form_bytes(layers, blocks) if self.init_lora_weights == "repair" else 0
         return int(beside + PEFT_BYTES + max(trained, found))
-
-
-def _weight_of(original: nn.Module, name: str, layer: QuantLinear) -> Tensor | None:
-    """The original's weight [out, in] behind a packed layer, if it has one of that shape."""
-    try:
-        weight = original.get_submodule(name).weight.detach()
-    except AttributeError:
-        return None
-    weight = weight.T if layer.transposed else weight
-    return weight if weight.shape == torch.Size((layer.out_features, layer.in_features)) else None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 #: Passes after which a packed layer stands for the weight that it had before, as near as its grid allows.
-ROUNDING = frozenset({"rtn", "gptq", "hqq", "autoround", "efficientqat", "llm_qat"})
+ROUNDING = frozenset({"rtn", "gptq", "hqq", "autoround"})
 
 #: What importing transformers' Trainer and accelerate takes.
 TRAINER_BYTES = 90 << 20
@@ -221,17 +221,14 @@ def only_rounded(model: ModelHandle) -> bool:
 
 
 def original_weight(original: nn.Module, name: str, layer: QuantLinear) -> Tensor | None:
-    """What the packed layer `name` was rounded from, [out, in], or None where the original model has no such layer, or
-    one whose weight is no nearer than any other would be: a student's, say."""
+    """The weight [out, in] of the layer `name` in the original model, or one block of it; None where there is none of
+    that shape."""
     try:
         weight = original.get_submodule(name).get_parameter("weight").detach()
     except AttributeError:
         return None
     weight = weight.t() if layer.transposed else weight
-    if tuple(weight.shape) != (layer.out_features, layer.in_features):
-        return None
-    away = (layer.dequantize(torch.float32) - weight.float()).square().sum()
-    return weight if bool(away < 0.5 * weight.float().square().sum()) else None
+    return weight if tuple(weight.shape) == (layer.out_features, layer.in_features) else None
 
 
 def norms_of(model: ModelHandle) -> dict[str, nn.Parameter]:

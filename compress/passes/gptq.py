@@ -98,6 +98,9 @@ def gptq(
     makes the Hessian positive definite, the weight is rounded to nearest and `fallback` says so.
     """
     hessian = hessian.to(compute_dtype(weight))
+    act_order = act_order and not spec.trellis
+    if keep_zeros and spec.trellis:
+        raise ValueError("a trellis has no code for 0, so zeros cannot be kept")
     try:
         factor = factor or factorise(hessian, act_order, damping)
     except NotPositiveDefinite as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from compress.maths import trellis
 from compress.nn.quant_linear import QuantLinear
 from compress.passes.end_to_end import EndToEndPass
 
@@ -65,4 +66,5 @@ class LLMQAT(EndToEndPass):
         values = sum(m.out_features * (m.in_features + m.spec.groups(m.in_features)) for m in packed)
         # the rounded weight of each layer is kept for the gradient; on a trellis, what it was rounded from and how near
         kept = sum((7 if m.spec.trellis else 4) * m.out_features * m.in_features for m in packed)
-        return 16 * values + kept
+        paths = [trellis.search_bytes(m.in_features, m.spec.bits) for m in packed if m.spec.trellis]
+        return 16 * values + kept + max(paths, default=0)

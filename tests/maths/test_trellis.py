@@ -307,3 +307,20 @@ def test_what_gptq_cannot_do_on_a_trellis_is_refused():
         GPTQ(grid="trellis", act_order=True)
     with pytest.raises(ValueError, match="propagation is gptaq, which gptq cannot do on grid trellis: leave it out"):
         GPTQ(grid="trellis", propagation="gptaq")
+
+
+def test_gptq_goes_from_left_to_right_whatever_it_is_told():
+    weight, hessian, spec = normal(8, 64), hessian_of(64), QuantSpec(3, 16, grid="trellis")
+    told, plain = (gptq(weight, hessian, spec, act_order=order) for order in (True, False))
+    assert torch.equal(told.codes, plain.codes)
+    with pytest.raises(ValueError, match="zeros cannot be kept"):
+        gptq(weight, hessian, spec, keep_zeros=True)
+
+
+@compiled
+def test_another_default_device_changes_nothing():
+    x = normal(4, 32)
+    expected = trellis.round_rows(x, 3)
+    with torch.device("meta"):
+        found = trellis.round_rows(x, 3)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -14,7 +14,8 @@ from compress.nn.quant_linear import QuantLinear
 from compress.testing import outputs, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the kernel is not built here")
-vnni = pytest.mark.skipif(cpu.why_not_int8() is not None, reason="no AVX-512 VNNI")
+_int8 = cpu.library() is not None and cpu.why_not_int8() is None and bool(cpu.library().compress_vbmi())
+vnni = pytest.mark.skipif(not _int8, reason="no AVX-512 VNNI or VBMI")
 #: Columns, and group sizes: whole rows of odd multiples of 32, groups of every kind.
 SIZES = [(96, 32), (192, 64), (384, 128), (192, 96), (224, -1), (256, -1), (32, -1), (384, 192), (288, -1), (64, -1)]
 CASES = [(bits, *size) for bits in (2, 3, 4) for size in SIZES]
