@@ -85,13 +85,12 @@ class Quantize(Pass):
 
     def _training(self) -> dict[str, Any]:
         """Coarse grids of integers take larger steps. On a trellis a weight that moves takes its neighbours along: more
-        and smaller steps; there scales and norms are worth more, and their noise is to stay below that of rounding,
-        which halves with each bit. See the log of benchmarks."""
+        and smaller steps. At 3 and 4 bits scales and norms are worth more than the rates of llm_qat; at 2 bits, rates
+        high enough for that make the loss rise in a long run. See the log of benchmarks."""
         if self.on_trellis:
-            beside = 4e-2 / 2**self.bits
-            return {
-                "learning_rate": 3.5e-3, "scale_learning_rate": beside, "norm_learning_rate": beside, "batch_size": 4,
-            }  # fmt: skip
+            beside = {2: (3e-3, 1e-3), 3: (5e-3, 5e-3), 4: (2.5e-3, 2.5e-3)}[self.bits]
+            rates = dict(zip(("scale_learning_rate", "norm_learning_rate"), beside, strict=True))
+            return {"learning_rate": 3.5e-3, **rates, "batch_size": 4}
         return {"learning_rate": 2e-2 if self.bits != 4 else 1e-2}
 
     @property
