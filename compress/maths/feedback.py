@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -114,13 +114,15 @@ class Sweep:
     when their turn came, and change, `target` minus what they became.
 
     A correction reaches a column on one of three ways: in one product for all columns of a finished block, in one for a
-    few columns (`SHORT`) of its own block, and inside those few in a sum when its turn comes. Each error reaches each
+    few columns (`short`) of its own block, and inside those few in a sum when its turn comes. Each error reaches each
     later column exactly once.
     """
 
+    #: Columns of a block that are settled together.
+    short: ClassVar[int] = SHORT
+
     def __init__(self, target: Tensor, factor: Factor, block_size: int):
         self.target, self.work, self.factor, self.block_size = target, target.clone(), factor, block_size
-        self.short = SHORT
         columns, rows = target.shape
         self.current, self.change = (target.new_empty(min(block_size, columns), rows) for _ in range(2))
 
@@ -255,11 +257,12 @@ class _Rounding(Sweep):
 class _OnTrellis(_Rounding):
     """Columns are put on a trellis, `STRETCH` at a time: within a stretch each path carries its own corrections."""
 
+    short = STRETCH
+
     def __init__(self, target: Tensor, factor: Factor, *rest: Any):
         super().__init__(target, factor, *rest)
         if bool((factor.order.diff() != 1).any()):
             raise ValueError("rows on a trellis are rounded from left to right: factorise without act_order")
-        self.short = STRETCH
         self.nodes = torch.zeros(target.shape[1], dtype=torch.int32, device=target.device)
 
     def _settle(self, start: int, first: int, last: int) -> None:

@@ -193,11 +193,12 @@ def _files(found: Measurements, original_parameters: int) -> None:
     """Sizes of the files that `compress.load` runs from, and of those in the folder where these are others."""
     from compress.loading import find_model
 
+    adapter, runs_from = adapter_beside(found.folder), find_model(found.folder)
+
     def sizes(folder: Path) -> list[int]:
         folders = [folder] if adapter is None else [folder, adapter]
         return [file.stat().st_size for each in folders for file in sorted(each.glob("*.safetensors"))]
 
-    adapter, runs_from = adapter_beside(found.folder), find_model(found.folder)
     packed = sizes(runs_from)
     found.records |= {"file_bytes": packed, "total_bytes": [sum(packed)], "original_parameters": [original_parameters]}
     if runs_from != found.folder:

@@ -139,7 +139,7 @@ void compress_scale_sums(const int32_t* sums, int64_t tokens, int64_t rows, cons
     }
 }
 
-// Codes int8 and the table's numbers (or null) of x [rows, columns]: for each row the path of the least sum of
+// Codes int8 and the table's numbers of x [rows, columns]: for each row the path of the least sum of
 // weights[column] (null: 1) times squared error. table: 256 numbers. bits: 2, 3 or 4.
 void compress_trellis_round(const float* x, const float* weights, int64_t rows, int64_t columns, int32_t bits,
                             const float* table, int8_t* codes, float* values, int32_t threads, int32_t at_most) {

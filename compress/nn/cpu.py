@@ -91,9 +91,8 @@ def library() -> ctypes.CDLL | None:
                 found = ctypes.CDLL(os.fspath(path))
             except OSError:  # built for another system
                 return None
-            if not all(
-                hasattr(found, name) for name in (*_FUNCTIONS, "compress_vbmi")
-            ):  # built from sources before these
+            names = (*_FUNCTIONS, "compress_vbmi")
+            if not all(hasattr(found, name) for name in names):  # built from sources before these
                 return None
             for name, types in _FUNCTIONS.items():
                 function = getattr(found, name)

@@ -49,6 +49,25 @@ uint16_t to_bfloat16(float value) {  // to nearest, ties to even; NaN stays NaN
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"), always_inline)) inline
 #define AVX2 __attribute__((target("avx2,fma,f16c"), always_inline)) inline
 
+// Codes of BITS as a product reads them, the member of a level. read: 32 * UNITS columns as floats, in the order of
+// `place`; its second argument is how many bytes into the row. bytes: of 32 columns, and how many of these a product
+// reads at once.
+#define CODES(LEVEL, TARGET)                                                                             \
+    template <int BITS>                                                                                  \
+    struct Codes {                                                                                       \
+        using Level = LEVEL;                                                                             \
+        TARGET explicit Codes(const Layer&) {}                                                           \
+        template <int UNITS>                                                                             \
+        TARGET void read(const uint8_t* from, int64_t, Vector* to) const {                               \
+            for (int u = 0; u < UNITS; u++) codes<BITS>(from + 4 * BITS * u, to[2 * u], to[2 * u + 1]);  \
+        }                                                                                                \
+        template <int UNITS>                                                                             \
+        TARGET static void in_order(Vector* them) {                                                      \
+            for (int u = 0; u < UNITS; u++) Level::template in_order<BITS>(them[2 * u], them[2 * u + 1]); \
+        }                                                                                                \
+        static constexpr int bytes = 4 * BITS, once = 1;                                                 \
+    };
+
 // `Codes` of a level are codes that are integers: how the products read them. `cpu_windows.h` has the others.
 struct Wide {  // AVX-512
     using Vector = __m512;
@@ -106,21 +125,7 @@ struct Wide {  // AVX-512
         return at;
     }
 
-    template <int BITS>
-    struct Codes {
-        using Level = Wide;
-        AVX512 explicit Codes(const Layer&) {}
-        // 32 * UNITS columns as floats, in the order of `place`. The second: how many bytes into the row.
-        template <int UNITS>
-        AVX512 void read(const uint8_t* from, int64_t, Vector* to) const {
-            for (int u = 0; u < UNITS; u++) codes<BITS>(from + 4 * BITS * u, to[2 * u], to[2 * u + 1]);
-        }
-        template <int UNITS>
-        AVX512 static void in_order(Vector* them) {
-            for (int u = 0; u < UNITS; u++) Level::in_order<BITS>(them[2 * u], them[2 * u + 1]);
-        }
-        static constexpr int bytes = 4 * BITS, once = 1;  // of 32 columns, and how many of these a product reads at once
-    };
+    CODES(Wide, AVX512)
 
   private:
     AVX512 static __m512i rounded(Vector value) {  // bfloat16 in the upper halves: to nearest, ties to even
@@ -212,22 +217,10 @@ struct Narrow {  // AVX2: two registers for 16 floats
     AVX2 static void in_order(Vector&, Vector&) {}
     static int place(int, int at) { return at; }
 
-    template <int BITS>
-    struct Codes {
-        using Level = Narrow;
-        AVX2 explicit Codes(const Layer&) {}
-        // 32 * UNITS columns as floats, in the order of `place`. The second: how many bytes into the row.
-        template <int UNITS>
-        AVX2 void read(const uint8_t* from, int64_t, Vector* to) const {
-            for (int u = 0; u < UNITS; u++) codes<BITS>(from + 4 * BITS * u, to[2 * u], to[2 * u + 1]);
-        }
-        template <int UNITS>
-        AVX2 static void in_order(Vector* them) {
-            for (int u = 0; u < UNITS; u++) Level::in_order<BITS>(them[2 * u], them[2 * u + 1]);
-        }
-        static constexpr int bytes = 4 * BITS, once = 1;  // of 32 columns, and how many of these a product reads at once
-    };
+    CODES(Narrow, AVX2)
 };
+
+#undef CODES
 
 int level() {
     static const int found = [] {

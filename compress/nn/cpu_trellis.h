@@ -73,7 +73,7 @@ __attribute__((always_inline)) inline void round_rows(const float* x, const floa
         for (int64_t c = columns - 1; c >= 0; c--) {
             const int window = from[(c * NODES + node) * LANES + j] * NODES + node;
             codes[j * columns + c] = code_of<BITS>(window);
-            if (values) values[j * columns + c] = table[window];
+            values[j * columns + c] = table[window];
             node = window >> BITS;
         }
     }
@@ -171,7 +171,7 @@ void round(const float* x, const float* weights, int64_t rows, int64_t columns, 
         for (int64_t part = 0; part < parts; part++) {
             const int64_t row = part * LANES, many = rows - row < LANES ? rows - row : LANES, at = row * columns;
             (wide ? round_wide<BITS> : round_narrow<BITS>)(x + at, weights, many, columns, turned, codes + at,
-                                                           values ? values + at : nullptr, from);
+                                                           values + at, from);
         }
     }
 }

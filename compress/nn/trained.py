@@ -28,8 +28,6 @@ from compress.nn.quant_linear import MULTIPLES, QuantLinear
 _EDGE = 0.45
 #: Squared distance, relative to the weight, from which what was rounded must have been another weight.
 _OTHER = 0.5
-#: Where the gradient ends, in half steps of the trellis: four standard deviations of what rounding changes.
-_AWAY = 4.0
 
 
 class _FromCodes(torch.autograd.Function):  # type: ignore[misc]
@@ -101,6 +99,11 @@ class _TrainedGrid(nn.Module):  # type: ignore[misc]
         scale, size = self.grid()[0].detach().abs().mean(), self.scale.detach().abs().mean()
         low = float(self.zero.detach().abs().mean()) if self.zero is not None and self.spec.minima else 1.0
         return float(scale), float(size), low
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., in] times a weight [out, in], plus the bias, in the dtype of autocast or else that of x."""
+        dtype = _compute_dtype(x)
+        return functional.linear(x.to(dtype), weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def repacked(self, codes: Tensor) -> QuantLinear:
         """The packed layer with these codes."""
@@ -179,10 +182,7 @@ class WeightTrained(_TrainedGrid):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of autocast or else that of x."""
-        dtype = _compute_dtype(x)
-        weight: Tensor = _Rounded.apply(self.weight, *self.grid(), self.spec)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return functional.linear(x.to(dtype), weight.to(dtype), bias)
+        return self.product(x, _Rounded.apply(self.weight, *self.grid(), self.spec))
 
     def packed(self) -> QuantLinear:
         """The layer as trained: the weight rounded to the scale as it is stored."""
@@ -197,12 +197,13 @@ class WeightTrained(_TrainedGrid):
 
 class _OnTrellis(torch.autograd.Function):  # type: ignore[misc]
     """The weight of rows on a trellis, `numbers * scale`; the gradient passes over the rounding of `steps`, as far as
-    they are not `_AWAY` from what they became: a grid's end stops weights there, and a trellis has none."""
+    they are within `_row_step` of what they became, four standard deviations of what rounding changes: a grid's end
+    stops weights, and a trellis has none."""
 
     @staticmethod
     def forward(ctx: Any, steps: Tensor, scale: Tensor, bits: int) -> Tensor:
         _, numbers = trellis.round_rows(steps, bits)
-        near = (steps - numbers).abs() < _AWAY / 2**bits
+        near = (steps - numbers).abs() < _row_step(bits)
         ctx.save_for_backward(scale, numbers.half(), near)  # exact: multiples of 1/32 below 4
         return _weight(numbers.unflatten(1, (scale.shape[1], -1)), scale, None, QuantSpec(bits))
 
@@ -229,20 +230,18 @@ class RowTrained(_TrainedGrid):
         if like is not None:
             scale = layer.scales().float()
             wanted = like.detach().float() / scale.repeat_interleave(layer.in_features // scale.shape[1], 1)
-            way = (wanted - numbers) / 2
-            if bool(4 * way.square().sum() < _OTHER * wanted.square().sum()):
-                numbers = numbers + torch.where(way.abs() < _AWAY / 2**layer.spec.bits, way, 0.0)
+            way = wanted - numbers
+            if bool(way.square().sum() < _OTHER * wanted.square().sum()):
+                numbers = numbers + torch.where(way.abs() < 2 * _row_step(layer.spec.bits), way / 2, 0.0)
         self.weight = nn.Parameter(numbers)
 
     def units(self) -> tuple[float, float, float]:
-        """As of any grid, but for weights: how far numbers lie apart, of which each bit more has twice as many."""
-        return (4.0 / 2**self.spec.bits, *super().units()[1:])
+        """As of any grid, but for weights: a step of the trellis."""
+        return (_row_step(self.spec.bits), *super().units()[1:])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of autocast or else that of x."""
-        dtype = _compute_dtype(x)
-        weight: Tensor = _OnTrellis.apply(self.weight, self.scale, self.spec.bits)
-        return functional.linear(x.to(dtype), weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        return self.product(x, _OnTrellis.apply(self.weight, self.scale, self.spec.bits))
 
     def packed(self) -> QuantLinear:
         """The layer as trained. CompressError where training diverged: paths are found for any number."""
@@ -293,6 +292,11 @@ def _slope(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def _storable_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
     return zero.round().clamp(spec.qmin, spec.qmax)
+
+
+def _row_step(bits: int) -> float:
+    """How far numbers on a trellis lie apart, in units of the scale: four standard deviations hold 2**bits of them."""
+    return 4.0 / (1 << bits)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

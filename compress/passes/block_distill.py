@@ -307,13 +307,14 @@ class BlockDistill(Pass):
 
     def _groups(self, block: Block, layers: dict[str, Trained]) -> tuple[Groups, dict[nn.Parameter, Tensor]]:
         """The parameters with their learning rates, and where zeros are held."""
+        from compress.nn.trained import ScaleTrained
+
         groups: Groups = []
         for layer in layers.values():
             step, size, _ = (self.learning_rate * unit for unit in layer.units())
-            trained = {"weight": step, "scale": size}
-            for name, rate in trained.items():
-                if isinstance(parameter := getattr(layer, name, None), nn.Parameter):
-                    groups.append({"params": [parameter], "lr": rate, "peak": rate})
+            groups.append({"params": [layer.scale], "lr": size, "peak": size})
+            if not isinstance(layer, ScaleTrained):
+                groups.append({"params": [layer.weight], "lr": step, "peak": step})
             if layer.zero is not None and getattr(layer, "zero_trained", True):
                 groups.append({"params": [layer.zero], "lr": 0.0, "peak": self.learning_rate})
         held = {}

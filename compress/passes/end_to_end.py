@@ -221,14 +221,15 @@ def only_rounded(model: ModelHandle) -> bool:
 
 
 def original_weight(original: nn.Module, name: str, layer: QuantLinear) -> Tensor | None:
-    """The weight [out, in] of the layer `name` in the original model, or one block of it; None where there is none of
-    that shape."""
+    """The weight [out, in], float32, of the layer `name` in the original model, or one block of it; None where there is
+    none of that shape."""
+    from compress.targets import sides, weight_of
+
     try:
-        weight = original.get_submodule(name).get_parameter("weight").detach()
+        weight = weight_of(original.get_submodule(name))
     except AttributeError:
         return None
-    weight = weight.t() if layer.transposed else weight
-    return weight if tuple(weight.shape) == (layer.out_features, layer.in_features) else None
+    return weight if weight.shape == sides(layer) else None
 
 
 def norms_of(model: ModelHandle) -> dict[str, nn.Parameter]:

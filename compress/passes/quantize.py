@@ -77,10 +77,10 @@ class Quantize(Pass):
             form["grid"] = TRELLIS
         if self.preset == "fast":
             return [RTN(**form)]
-        if self.preset == "balanced" and not self.on_trellis and self.bits != 8:
-            return [AutoRound(**form)]
-        if self.preset == "balanced" or self.bits == 8:
+        if self.bits == 8 or (self.preset == "balanced" and self.on_trellis):
             return [GPTQ(**form)]
+        if self.preset == "balanced":
+            return [AutoRound(**form)]
         return [GPTQ(**form), LLMQAT(tokens=self.tokens, generated=self.tokens // 3, **self._training())]
 
     def _training(self) -> dict[str, Any]:
@@ -88,9 +88,9 @@ class Quantize(Pass):
         and smaller steps. At 3 and 4 bits scales and norms are worth more than the rates of llm_qat; at 2 bits, rates
         high enough for that make the loss rise in a long run. See the log of benchmarks."""
         if self.on_trellis:
-            beside = {2: (3e-3, 1e-3), 3: (5e-3, 5e-3), 4: (2.5e-3, 2.5e-3)}[self.bits]
-            rates = dict(zip(("scale_learning_rate", "norm_learning_rate"), beside, strict=True))
-            return {"learning_rate": 3.5e-3, **rates, "batch_size": 4}
+            scales, norms = {2: (3e-3, 1e-3), 3: (5e-3, 5e-3), 4: (2.5e-3, 2.5e-3)}[self.bits]
+            rates = {"learning_rate": 3.5e-3, "scale_learning_rate": scales, "norm_learning_rate": norms}
+            return {**rates, "batch_size": 4}
         return {"learning_rate": 2e-2 if self.bits != 4 else 1e-2}
 
     @property

@@ -215,7 +215,7 @@ class RoundingPass(BlockPass):
 
     def _end(self, model: PreTrainedModel, name: str, bits: int) -> QuantSpec:
         weight = model.get_submodule(name).get_parameter("weight")
-        if self.grid is not None and self.grid != TRELLIS:
+        if self.grid in NAMED_GRIDS:
             fits = NAMED_GRIDS[self.grid]["bits"] == bits and self.grid not in SUPER_BLOCKS
             spec = named_spec(weight.dtype, self.grid if fits else f"gguf-q{bits}_0")
             spec.columns_per_group(weight.shape[1])
