@@ -144,6 +144,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Of a share this process's own part, rows of the whole; any other as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class WholeAdamW(torch.optim.AdamW):  # type: ignore[misc]
     """AdamW whose state is given and taken as whole tensors, so that a checkpoint fits any number of processes.
 

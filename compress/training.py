@@ -16,7 +16,7 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,16 @@ from compress.errors import CompressError, StartError
 from compress.examples import IGNORED
 from compress.processes import process_count
 from compress.progress import Progress, Step
-from compress.sharding import WholeAdamW, free_gathered, set_aside, sharded, shared_out, unseen_by_accelerate, whole
+from compress.sharding import (
+    WholeAdamW,
+    free_gathered,
+    local,
+    set_aside,
+    sharded,
+    shared_out,
+    unseen_by_accelerate,
+    whole,
+)
 from compress.training_folder import latest_checkpoint, place_for
 from compress.training_windows import WholeSteps, WindowsDataset, together
 
@@ -51,10 +60,12 @@ CHECKPOINT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are trained at one learning rate (the peak of the schedule)."""
+    """Parameters that are trained at one learning rate (the peak of the schedule). `settle`, if there is one, is called
+    after every step with each of them, or with this process's rows of it, and with the learning rate of that step."""
 
     parameters: Sequence[nn.Parameter]
     learning_rate: float
+    settle: Callable[[Tensor, float], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -250,6 +261,14 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self.parts.append(loss)
         return loss
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """What groups want to be done to their parameters after a step."""
+        for group, own in zip(self.groups, self.optimizer.param_groups, strict=True):
+            if group.settle is not None:
+                for parameter in own["params"]:
+                    group.settle(local(parameter.detach()), own["lr"])
+
     def end_step(self, due: bool) -> bool:
         """Notes the loss of the step that is done, of all micro-batches and processes. Whether a checkpoint is `due`
         the first process decides for all: returned."""
@@ -366,6 +385,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             self.step.advance(parts=state.global_step)
         elif self.trainer.held_out is not None:
             self.trainer.evaluate_held_out(0)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.settle()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         trainer, schedule = self.trainer, self.trainer.schedule

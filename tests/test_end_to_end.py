@@ -108,9 +108,16 @@ def _values(folder, output, **more):
     }  # fmt: skip
 
 
-def test_a_run_killed_in_training_ends_with_the_same_bytes(folder, tmp_path, monkeypatch, unverified):
+@pytest.mark.parametrize("options", [({}, {}), ({"grid": "trellis"}, {"dampening": 0.2})])
+def test_a_run_killed_in_training_ends_with_the_same_bytes(options, folder, tmp_path, monkeypatch, unverified):
+    def values(output):
+        values = _values(folder, output)
+        for step, more in zip(values["passes"], options, strict=True):
+            next(iter(step.values())).update(more)
+        return values
+
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    run(_values(folder, tmp_path / "whole"))
+    run(values(tmp_path / "whole"))
     done = training._Trainer.training_step
     calls = []
 
@@ -122,8 +129,8 @@ def test_a_run_killed_in_training_ends_with_the_same_bytes(folder, tmp_path, mon
 
     monkeypatch.setattr(training._Trainer, "training_step", step)
     with pytest.raises(KeyboardInterrupt):
-        run(_values(folder, tmp_path / "killed"))
-    run(_values(folder, tmp_path / "killed"))
+        run(values(tmp_path / "killed"))
+    run(values(tmp_path / "killed"))
     assert len(calls) == 4 + 3
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "killed/model" / name).read_bytes() == (tmp_path / "whole/model" / name).read_bytes()

@@ -134,6 +134,29 @@ def test_a_trained_layer_packs_what_it_computes(bits):
     assert not torch.equal(again.codes()[0], packed(bits).codes()[0])
 
 
+@every_width
+def test_settling_draws_a_weight_to_its_numbers_which_the_next_forward_does_not_look_for(bits, monkeypatch):
+    trained = RowTrained(packed(bits))
+    away = 0.2 * torch.randn(6, 64, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        trained.weight += away
+    before, numbers = trained.weight.detach().clone(), trellis.round_rows(trained.weight.detach(), bits)[1]
+    trained.settle(trained.weight.detach(), 0.25)
+    torch.testing.assert_close(trained.weight.detach(), before + 0.25 * (numbers - before))
+    searches, search = [], trellis.round_rows
+    monkeypatch.setattr(trellis, "round_rows", lambda *given: searches.append(1) or search(*given))
+    settled = trained(inputs())
+    assert not searches
+    trained._settled = None
+    assert torch.equal(trained(inputs()), settled)
+    trained.settle(trained.weight.detach(), 0.25)
+    with torch.no_grad():
+        trained.weight.copy_(trained.weight + away)
+    searches.clear()
+    assert not torch.equal(trained(inputs()), settled)
+    assert searches
+
+
 # --------------------------------------------------------------------------------------------- the whole model
 
 
@@ -153,6 +176,23 @@ def test_training_brings_the_model_nearer_to_the_original(cls):
     assert result.measurements["losses"][-1]["loss"] < result.measurements["losses"][0]["loss"]
     same = [torch.equal(layer.codes()[0], codes[name]) for name, layer in layers_of(model).items()]
     assert all(same) if cls is compress.EfficientQAT else not all(same)
+
+
+def test_dampened_weights_end_nearer_to_their_numbers():
+    left = []
+    for dampening in (0.0, 2.0):
+        model, seen = tiny_model("llama"), []
+        compress.RTN(**on_trellis())(model)
+
+        class Watched(compress.LLMQAT):
+            def trained(self, *given, seen=seen):
+                seen.append(super().trained(*given))
+                return seen[-1]
+
+        Watched(**SMALL, dampening=dampening)(model, training=TEXT, original=tiny_model("llama"))
+        away = [layer.weight - trellis.round_rows(layer.weight, 3)[1] for layer in seen]
+        left.append(sum(float(rows.square().sum()) for rows in away))
+    assert left[1] < 0.8 * left[0]
 
 
 def test_block_distill_is_refused_in_another_basis():

@@ -55,6 +55,19 @@ def test_only_the_given_parameters_change_and_the_loss_falls():
     assert not any(p.requires_grad for p in objective.parameters())
 
 
+def test_after_each_step_parameters_are_settled_with_the_rate_of_that_step():
+    objective, seen = Objective(), []
+
+    def settle(rows, rate):
+        seen.append((objective.calls, rate))
+        rows.zero_()
+
+    train(objective, [Group([objective.head.weight], 5e-2, settle)], WINDOWS, replace(SCHEDULE, steps=4), title="test")
+    assert [calls for calls, _ in seen] == [1, 2, 3, 4]
+    assert [rate for _, rate in seen] == pytest.approx([0.0, 0.025, 0.05, 0.025])
+    assert not objective.head.weight.any()
+
+
 def test_a_killed_training_ends_with_the_same_weights_and_losses(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     whole = Objective()

@@ -201,18 +201,18 @@ class _OnTrellis(torch.autograd.Function):  # type: ignore[misc]
     stops weights, and a trellis has none."""
 
     @staticmethod
-    def forward(ctx: Any, steps: Tensor, scale: Tensor, bits: int) -> Tensor:
-        _, numbers = trellis.round_rows(steps, bits)
+    def forward(ctx: Any, steps: Tensor, scale: Tensor, bits: int, known: Tensor | None) -> Tensor:
+        numbers = trellis.round_rows(steps, bits)[1] if known is None else known.float()
         near = (steps - numbers).abs() < _row_step(bits)
-        ctx.save_for_backward(scale, numbers.half(), near)  # exact: multiples of 1/32 below 4
+        ctx.save_for_backward(scale, _kept(numbers) if known is None else known, near)
         return _weight(numbers.unflatten(1, (scale.shape[1], -1)), scale, None, QuantSpec(bits))
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         scale, numbers, near = ctx.saved_tensors
         gradient = upstream[0].float().unflatten(1, (scale.shape[1], -1))
         to_scale = torch.linalg.vecdot(gradient, numbers.float().view_as(gradient))
-        return (gradient * scale.unsqueeze(2)).flatten(1).mul_(near), to_scale, None
+        return (gradient * scale.unsqueeze(2)).flatten(1).mul_(near), to_scale, None, None
 
 
 class RowTrained(_TrainedGrid):
@@ -234,6 +234,17 @@ class RowTrained(_TrainedGrid):
             if bool(way.square().sum() < _OTHER * wanted.square().sum()):
                 numbers = numbers + torch.where(way.abs() < 2 * _row_step(layer.spec.bits), way / 2, 0.0)
         self.weight = nn.Parameter(numbers)
+        self._settled: tuple[int, int, Tensor] | None = None
+
+    @torch.no_grad()
+    def settle(self, rows: Tensor, share: float) -> None:
+        """Draws `rows`, the weight or some rows of it, to the numbers that they round to, by this share of the way: a
+        weight that no gradient holds at the border of two paths leaves it (Nagel et al. 2022, arXiv 2203.08487, section
+        4.1, where it is a term of the loss; here it does not go through the optimizer, as a weight decay). They stay
+        nearest to these numbers, so that the next forward need not look for them."""
+        numbers = trellis.round_rows(rows, self.spec.bits)[1]
+        rows.lerp_(numbers, share)
+        self._settled = (rows.data_ptr(), rows._version, _kept(numbers))
 
     def units(self) -> tuple[float, float, float]:
         """As of any grid, but for weights: a step of the trellis."""
@@ -241,7 +252,13 @@ class RowTrained(_TrainedGrid):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of autocast or else that of x."""
-        return self.product(x, _OnTrellis.apply(self.weight, self.scale, self.spec.bits))
+        return self.product(x, _OnTrellis.apply(self.weight, self.scale, self.spec.bits, self._known()))
+
+    def _known(self) -> Tensor | None:
+        """What the weight rounds to, if `settle` was the last to change it."""
+        if self._settled is None or self._settled[:2] != (self.weight.data_ptr(), self.weight._version):
+            return None
+        return self._settled[2]
 
     def packed(self) -> QuantLinear:
         """The layer as trained. CompressError where training diverged: paths are found for any number."""
@@ -292,6 +309,11 @@ def _slope(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def _storable_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
     return zero.round().clamp(spec.qmin, spec.qmax)
+
+
+def _kept(numbers: Tensor) -> Tensor:
+    """Numbers of a trellis in half of the memory; exact: they are multiples of 1/32 below 4."""
+    return numbers.half()
 
 
 def _row_step(bits: int) -> float:

@@ -12,6 +12,7 @@ for, `autoround` and `efficientqat` are the way.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -40,6 +41,14 @@ class LLMQAT(EndToEndPass):
         "that is a standard deviation, 4 / 2**bits of it.",
     )
 
+    dampening: float = Field(
+        default=0.0,
+        ge=0,
+        description="On a trellis: how far a weight is drawn back, after a step, to the number that it rounds to, in "
+        "units of the learning rate, for each step of the grid that it is away. Weights else gather between two "
+        "numbers, and their coming and going is noise that grows with the length of a run.",
+    )
+
     def trained(self, layer: QuantLinear, sparse: bool, original: Tensor | None) -> WeightTrained | RowTrained:
         """From the middle of integers' cells; on a trellis from near the original weight, where that is known."""
         from compress.nn.trained import weight_trained
@@ -53,8 +62,11 @@ class LLMQAT(EndToEndPass):
 
         assert isinstance(layer, WeightTrained | RowTrained)
         step, size, low = layer.units()
+        settle = None
+        if self.dampening and isinstance(layer, RowTrained):
+            settle = partial(_settle, layer, self.dampening / step)
         groups = [
-            Group([layer.weight], self.learning_rate * step),
+            Group([layer.weight], self.learning_rate * step, settle),
             Group([layer.scale], self.scale_learning_rate * size),
         ]
         if layer.zero is not None:
@@ -68,3 +80,7 @@ class LLMQAT(EndToEndPass):
         kept = sum((7 if m.spec.trellis else 4) * m.out_features * m.in_features for m in packed)
         paths = [trellis.search_bytes(m.in_features, m.spec.bits) for m in packed if m.spec.trellis]
         return 16 * values + kept + max(paths, default=0)
+
+
+def _settle(layer: RowTrained, dampening: float, rows: Tensor, rate: float) -> None:
+    layer.settle(rows, min(1.0, dampening * rate))
