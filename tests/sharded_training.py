@@ -22,6 +22,11 @@ windows = windows_from(tiny_tokens(24, 16), None)
 end_step = training._Trainer.end_step
 
 
+def settle(rows, rate):
+    """Shares are settled as the whole is."""
+    rows.mul_(1 - 20 * rate)
+
+
 def trained(stop):
     """Losses and weights of a training that ends by an interrupt after step `stop`; None if it did."""
     model = tiny_model("llama")
@@ -37,7 +42,7 @@ def trained(stop):
     schedule = training.Schedule(6, 8, evaluate_every=2, max_grad_norm=1.0, accumulation=2)
     try:
         done = training.train(
-            TextLoss(model), [training.Group(parameters, 2e-3)], windows, schedule, title="t",
+            TextLoss(model), [training.Group(parameters, 2e-3, settle)], windows, schedule, title="t",
             folder=folder / "training", held_out=windows.select(torch.arange(4)),
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -145,7 +145,7 @@ def stage_rows(report: Report) -> list[dict[str, str]]:
                 "loss": loss_words(stage),
                 "perplexity": units.human(left["perplexity"].value, "") if "perplexity" in left else "–",
                 "size": units.human(left["weights_bytes"].value, "B") if "weights_bytes" in left else "–",
-                "speed": units.human(left[DECODE].value, left[DECODE].unit) if DECODE in left else "–",
+                "speed": _speed_words(left.get(DECODE), report.original.get(DECODE)),
                 "seconds": units.duration(stage.seconds),
                 "memory_predicted": units.human(_number(predicted.get("peak_memory_bytes")), "B"),
                 "memory": units.human(stage.peak_memory_bytes, "B"),
@@ -154,6 +154,18 @@ def stage_rows(report: Report) -> list[dict[str, str]]:
             }
         )
     return found
+
+
+def _speed_words(figure: Figure | None, original: Figure | None) -> str:
+    """A speed as a multiple of the original's that was timed in turn with it: one stage was not timed beside another,
+    on a machine that may have been busier then."""
+    if figure is None:
+        return "–"
+    words = units.human(figure.value, figure.unit)
+    ratio = figure.detail.get("ratio")
+    if ratio is None and figure.value and original is not None and original.value:
+        ratio = figure.value / original.value
+    return words if ratio is None else f"{ratio:.2f} × ({words})"
 
 
 def environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:

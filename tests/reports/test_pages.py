@@ -287,7 +287,7 @@ def test_a_stage_that_was_timed_is_placed_by_its_ratio_to_the_original_it_was_ti
     (_, original), (_, stage), (_, compressed) = sorted(found)
     assert stage == compressed != original  # 2 times the original's 100 tokens a second are the compressed model's 200
     assert "| depth | bits 4 |" in markdown(report)
-    assert "| 10 tok/s |" in markdown(report)
+    assert "| 2.00 × (10 tok/s) |" in markdown(report)
 
 
 def test_a_name_with_signs_of_formulas_is_drawn_as_it_is(make_report):
