@@ -36,7 +36,7 @@ class Quantize(Pass):
     preset: Literal["fast", "balanced", "best"] = Field(
         default="balanced",
         description="fast: rtn. balanced: autoround. best: gptq, then llm_qat on data.training and on text that the "
-        "model writes itself (a third of `tokens`).",
+        "model writes itself (half of `tokens`).",
     )
     grid: Literal["integer", "trellis"] | None = Field(
         default=None,
@@ -81,16 +81,15 @@ class Quantize(Pass):
             return [GPTQ(**form)]
         if self.preset == "balanced":
             return [AutoRound(**form)]
-        return [GPTQ(**form), LLMQAT(tokens=self.tokens, generated=self.tokens // 3, **self._training())]
+        return [GPTQ(**form), LLMQAT(tokens=self.tokens, generated=self.tokens // 2, **self._training())]
 
     def _training(self) -> dict[str, Any]:
         """Coarse grids of integers take larger steps. On a trellis a weight that moves takes its neighbours along: more
-        and smaller steps. At 3 and 4 bits scales and norms are worth more than the rates of llm_qat; at 2 bits, rates
-        high enough for that make the loss rise in a long run. See the log of benchmarks."""
+        and smaller steps; dampened, they bear the rates of scales and norms that are worth most. See the log of
+        benchmarks."""
         if self.on_trellis:
-            scales, norms = {2: (3e-3, 1e-3), 3: (5e-3, 5e-3), 4: (2.5e-3, 2.5e-3)}[self.bits]
-            rates = {"learning_rate": 3.5e-3, "scale_learning_rate": scales, "norm_learning_rate": norms}
-            return {**rates, "batch_size": 4}
+            rates = {"learning_rate": 8e-3, "scale_learning_rate": 1.2e-2, "norm_learning_rate": 4e-3}
+            return {**rates, "dampening": 0.2, "batch_size": 4}
         return {"learning_rate": 2e-2 if self.bits != 4 else 1e-2}
 
     @property
