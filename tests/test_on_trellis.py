@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -178,21 +179,45 @@ def test_training_brings_the_model_nearer_to_the_original(cls):
     assert all(same) if cls is compress.EfficientQAT else not all(same)
 
 
+class Watched(compress.LLMQAT):
+    """Keeps the layers it trains, with the original weights it was given and how far it started from its numbers."""
+
+    seen: ClassVar[list] = []
+
+    def trained(self, layer, sparse, original):
+        trained = super().trained(layer, sparse, original)
+        self.seen.append((trained, original, off_numbers(trained)))
+        return trained
+
+
+def off_numbers(trained):
+    weight = trained.weight.detach()
+    return float((weight - trellis.round_rows(weight, 3)[1]).square().sum())
+
+
+def watched(model, **options):
+    Watched.seen.clear()
+    Watched(**options)(model, training=TEXT, original=tiny_model("llama"))
+    return Watched.seen
+
+
 def test_dampened_weights_end_nearer_to_their_numbers():
     left = []
     for dampening in (0.0, 2.0):
-        model, seen = tiny_model("llama"), []
-        compress.RTN(**on_trellis())(model)
-
-        class Watched(compress.LLMQAT):
-            def trained(self, *given, seen=seen):
-                seen.append(super().trained(*given))
-                return seen[-1]
-
-        Watched(**SMALL, dampening=dampening)(model, training=TEXT, original=tiny_model("llama"))
-        away = [layer.weight - trellis.round_rows(layer.weight, 3)[1] for layer in seen]
-        left.append(sum(float(rows.square().sum()) for rows in away))
+        model = compress.RTN(**on_trellis())(tiny_model("llama")).model
+        left.append(sum(off_numbers(trained) for trained, *_ in watched(model, **SMALL, dampening=dampening)))
     assert left[1] < 0.8 * left[0]
+
+
+def test_training_starts_towards_the_original_weights_unless_more_than_rounding_was_done():
+    once = {"tokens": 32 * 32, "batch_size": 32}
+    model = compress.RTN(**on_trellis())(tiny_model("llama")).model
+    started = watched(model, **once)
+    assert all(original is not None and away > 1 for _, original, away in started)
+    turned = compress.Rotate()(tiny_model("llama"), calibration=TEXT).model
+    compress.RTN(**on_trellis())(turned)
+    started = watched(turned, **once)
+    assert all(original is None and away == 0 for _, original, away in started)
 
 
 def test_block_distill_is_refused_in_another_basis():

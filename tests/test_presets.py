@@ -1,0 +1,31 @@
+"""`quantize`: the passes that its presets stand for, at which bits and on which grid."""
+
+import pytest
+
+import compress
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"preset": "fast"}, [("rtn", None)]),
+        ({"preset": "fast", "grid": "trellis"}, [("rtn", "trellis")]),
+        ({}, [("autoround", None)]),
+        ({"grid": "trellis"}, [("gptq", "trellis")]),
+        ({"bits": 8}, [("gptq", None)]),
+        ({"preset": "best"}, [("gptq", "trellis"), ("llm_qat", None)]),
+        ({"preset": "best", "grid": "integer"}, [("gptq", None), ("llm_qat", None)]),
+        ({"preset": "best", "symmetric": False}, [("gptq", None), ("llm_qat", None)]),
+        ({"preset": "best", "bits": 8}, [("gptq", None)]),
+    ],
+)
+def test_a_preset_stands_for_these_passes_on_this_grid(options, expected):
+    steps = compress.Quantize(**options).stands_for()
+    assert [(step.name, getattr(step, "grid", None)) for step in steps] == expected
+    assert steps[0].bits == options.get("bits", 4)
+
+
+@pytest.mark.parametrize(("grid", "dampening"), [("trellis", 0.2), ("integer", 0.0)])
+def test_best_trains_on_half_as_much_text_again_and_dampens_on_a_trellis_alone(grid, dampening):
+    training = compress.Quantize(preset="best", grid=grid, tokens=1000).stands_for()[1]
+    assert (training.tokens, training.generated, training.dampening) == (1000, 500, dampening)
