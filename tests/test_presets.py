@@ -25,7 +25,10 @@ def test_a_preset_stands_for_these_passes_on_this_grid(options, expected):
     assert steps[0].bits == options.get("bits", 4)
 
 
-@pytest.mark.parametrize(("grid", "dampening"), [("trellis", 0.2), ("integer", 0.0)])
-def test_best_trains_on_half_as_much_text_again_and_dampens_on_a_trellis_alone(grid, dampening):
-    training = compress.Quantize(preset="best", grid=grid, tokens=1000).stands_for()[1]
-    assert (training.tokens, training.generated, training.dampening) == (1000, 500, dampening)
+@pytest.mark.parametrize(
+    ("grid", "bits", "written", "dampening"),
+    [("trellis", 2, 450, 0.2), ("trellis", 3, 450, 0.2), ("trellis", 4, 300, 0.0), ("integer", 3, 300, 0.0)],
+)
+def test_best_writes_a_part_of_its_text_and_dampens_coarse_trellises(grid, bits, written, dampening):
+    training = compress.Quantize(preset="best", grid=grid, bits=bits, tokens=900).stands_for()[1]
+    assert (training.tokens, training.generated, training.dampening) == (900, written, dampening)
