@@ -27,7 +27,8 @@ from compress.teacher_cache import (
     tokenizer_digest,
     weights_digest,
 )
-from compress.training import Group, Schedule, Training, train
+from compress.training import train
+from compress.training_schedule import Group, Schedule, Training
 
 if TYPE_CHECKING:
     from compress.data import Windows

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compress.passes.efficientqat import EfficientQAT
 from compress.passes.end_to_end import exchanged, norms_of, packed_layers
 from compress.passes.llm_qat import LLMQAT
-from compress.training import Group
+from compress.training_schedule import Group
 
 if TYPE_CHECKING:
     from compress.model import ModelHandle

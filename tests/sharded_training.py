@@ -14,6 +14,7 @@ from compress.data import windows_from
 from compress.objectives import TextLoss
 from compress.processes import meet, process_count, process_rank
 from compress.testing import tiny_model, tiny_tokens
+from compress.training_schedule import Group, Schedule
 
 folder, kill = Path(sys.argv[1]), "kill" in sys.argv
 torch.set_num_threads(1)
@@ -39,10 +40,10 @@ def trained(stop):
         return due
 
     training._Trainer.end_step = counted
-    schedule = training.Schedule(6, 8, evaluate_every=2, max_grad_norm=1.0, accumulation=2)
+    schedule = Schedule(6, 8, evaluate_every=2, max_grad_norm=1.0, accumulation=2)
     try:
         done = training.train(
-            TextLoss(model), [training.Group(parameters, 2e-3, settle)], windows, schedule, title="t",
+            TextLoss(model), [Group(parameters, 2e-3, settle)], windows, schedule, title="t",
             folder=folder / "training", held_out=windows.select(torch.arange(4)),
         )  # fmt: skip
     except KeyboardInterrupt:

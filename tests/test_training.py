@@ -11,7 +11,8 @@ from compress.data import windows_from
 from compress.errors import CompressError, StartError
 from compress.objectives import TextLoss, checkpointed
 from compress.testing import tiny_model, tiny_tokens
-from compress.training import Group, Schedule, train
+from compress.training import train
+from compress.training_schedule import Group, Schedule, Training
 
 
 class Objective(nn.Module):
@@ -92,7 +93,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step():
 
 
 def test_the_summary_averages_stretches_of_the_losses():
-    summary = training.Training([4.0, 2.0, 1.0, 1.0, 7.0]).summary(points=2)
+    summary = Training([4.0, 2.0, 1.0, 1.0, 7.0]).summary(points=2)
     assert summary == [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 1.0}, {"step": 5, "loss": 7.0}]
 
 

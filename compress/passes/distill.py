@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from compress.model import ModelHandle
     from compress.shapes import ModelShape
     from compress.teaching import Lesson, TeacherSource
-    from compress.training import Training
+    from compress.training_schedule import Training
 
 #: The default learning rate of dense weights times the hidden size: 1e-3 at a width of 256, 6e-5 at 4096.
 RATE_TIMES_WIDTH = 0.256
@@ -296,7 +296,7 @@ class Distill(Pass):
     ) -> Training:
         """One training run of a student, in place."""
         from compress.teaching import teach
-        from compress.training import Schedule
+        from compress.training_schedule import Schedule
 
         rate = self.learning_rate
         if rate is None:

@@ -17,7 +17,7 @@ from compress.passes.end_to_end import EndToEndPass
 if TYPE_CHECKING:
     from compress.nn.trained import ScaleTrained, Trained
     from compress.shapes import ModelShape
-    from compress.training import Group
+    from compress.training_schedule import Group
 
 
 class EfficientQAT(EndToEndPass):
@@ -36,7 +36,7 @@ class EfficientQAT(EndToEndPass):
     def groups(self, layer: Trained) -> list[Group]:
         """The scale, at a rate relative to its size; the zero point, which is counted in steps of the grid."""
         from compress.nn.trained import ScaleTrained
-        from compress.training import Group
+        from compress.training_schedule import Group
 
         assert isinstance(layer, ScaleTrained)
         _, size, low = layer.units()

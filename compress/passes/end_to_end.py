@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from compress.model import ModelHandle
     from compress.nn.trained import Trained
     from compress.shapes import ModelShape
-    from compress.training import Group
+    from compress.training_schedule import Group
 
 
 #: Passes after which a packed layer stands for the weight that it had before, as near as its grid allows.
@@ -79,7 +79,8 @@ class EndToEndPass(Pass):
     def run(self, model: ModelHandle, context: Context) -> PassResult:
         """Trains, packs, and keeps every block and the norms outside them."""
         from compress.self_text import with_written
-        from compress.training import Group, Schedule, train
+        from compress.training import train
+        from compress.training_schedule import Group, Schedule
 
         windows, teacher, layers = self._needed(model, context)
         place = context.stage.folder if context.stage else None

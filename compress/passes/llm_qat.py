@@ -25,7 +25,7 @@ from compress.passes.end_to_end import EndToEndPass
 if TYPE_CHECKING:
     from compress.nn.trained import RowTrained, Trained, WeightTrained
     from compress.shapes import ModelShape
-    from compress.training import Group
+    from compress.training_schedule import Group
 
 
 class LLMQAT(EndToEndPass):
@@ -58,7 +58,7 @@ class LLMQAT(EndToEndPass):
     def groups(self, layer: Trained) -> list[Group]:
         """Weight and scale at rates relative to the scale: a step of the grid is as far for every layer."""
         from compress.nn.trained import RowTrained, WeightTrained
-        from compress.training import Group
+        from compress.training_schedule import Group
 
         assert isinstance(layer, WeightTrained | RowTrained)
         step, size, low = layer.units()

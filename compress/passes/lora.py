@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from compress.data import Windows
     from compress.model import ModelHandle
     from compress.shapes import ModelShape
-    from compress.training import Training
+    from compress.training_schedule import Training
 
 #: Windows of training text that merged weights are rounded on, where there is no calibration text.
 CALIBRATION_WINDOWS = 128
@@ -293,7 +293,8 @@ class LoRA(Pass):
     ) -> Training:  # fmt: skip
         from compress.nn.kernels import cached
         from compress.objectives import TextLoss, checkpointed
-        from compress.training import Group, Schedule, train
+        from compress.training import train
+        from compress.training_schedule import Group, Schedule
 
         per_window = training.tokens.numel() if training.mask is None else int(training.mask.sum())
         per_step = self.batch_size * per_window / len(training)
