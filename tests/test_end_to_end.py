@@ -111,10 +111,10 @@ def _values(folder, output, **more):
 @pytest.mark.parametrize("options", [({}, {}), ({"grid": "trellis"}, {"dampening": 0.2})])
 def test_a_run_killed_in_training_ends_with_the_same_bytes(options, folder, tmp_path, monkeypatch, unverified):
     def values(output):
-        values = _values(folder, output)
-        for step, more in zip(values["passes"], options, strict=True):
+        recipe = _values(folder, output)
+        for step, more in zip(recipe["passes"], options, strict=True):
             next(iter(step.values())).update(more)
-        return values
+        return recipe
 
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     run(values(tmp_path / "whole"))
